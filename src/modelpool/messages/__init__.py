@@ -1,0 +1,1 @@
+"""Everything that crosses a process border: frozen structs, one module per pair that talks."""

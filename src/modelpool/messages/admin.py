@@ -1,0 +1,64 @@
+"""Manager → command line and other programs: what `GET /admin/…` answers."""
+
+from __future__ import annotations
+
+import msgspec
+
+from modelpool.core.lifecycle import InstanceState
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.workers import Device, EngineStatus, Progress
+
+
+class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
+    instance: str
+    worker_id: str
+    state: InstanceState
+    sleep_level_value: int
+    reason: str = ""
+    progress: Progress | None = None
+    failures: int = 0
+    retry_in_s: float | None = None
+    devices: tuple[int, ...] = ()
+    pid: int | None = None
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """`state` is the best of the instances' states; `reason` says what stands in the way when it is not ACTIVE."""
+
+    alias: str
+    state: InstanceState
+    reason: str
+    spec: ModelSpec
+    created: int
+    instances: tuple[InstanceView, ...]
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: str
+    url: str
+    alive: bool
+    reason: str
+    last_seen_s: float
+    """Seconds since it was last heard."""
+    run_id: str
+    devices: tuple[Device, ...]
+    engines: dict[str, EngineStatus]
+    instances: tuple[str, ...]
+
+
+class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /admin/status`."""
+
+    version: str
+    run_id: str
+    epoch: str
+    recovering: bool
+    models: tuple[ModelView, ...]
+    workers: tuple[WorkerView, ...]
+
+
+class Registered(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to a registration. `routing` is the model as the gateways see it."""
+
+    status: str
+    routing: ModelView

@@ -1,0 +1,169 @@
+"""Worker ↔ manager: registration, heartbeats, orders.
+
+A worker speaks first (`POST /workers/register`, then a heartbeat at once when anything changed and every
+`heartbeat_interval_s` otherwise). The manager gives orders over the worker's own HTTP service and keeps
+`GET /watch` of it open, so that a worker's end is seen when its socket closes, not when its heartbeat is missed.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from modelpool.core.lifecycle import InstanceState
+from modelpool.messages.models import ModelSpec
+
+GiB = 1 << 30
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """One accelerator, or the whole machine where there is none (`kind` "cpu"). Memory in bytes."""
+
+    index: int
+    kind: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    utilization: float = 0.0
+    """0 to 1."""
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether instances of an engine kind can be started here: "importing", "ready", "failed" or "missing"."""
+
+    state: str
+    reason: str = ""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """What a STARTING instance is doing: `phase` is "fetch", "import", "load" or "ready"."""
+
+    phase: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where an engine host listens."""
+
+    host: str
+    port: int
+
+
+class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance as its worker sees it. `changed_at` is Unix seconds; `reason` says why it FAILED."""
+
+    instance: str
+    model: ModelSpec
+    state: InstanceState
+    progress: Progress | None = None
+    reason: str = ""
+    address: Address | None = None
+    capacity: int = 0
+    max_model_len: int | None = None
+    devices: tuple[int, ...] = ()
+    memory_bytes: int = 0
+    pid: int | None = None
+    changed_at: float = 0.0
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a worker is. `incarnation` is new with each process; `url` is where its control API is reached.
+
+    `direct` is false when engine hosts are reached through the worker's `/proxy/{alias}/` only (`PUBLIC_URL`).
+    """
+
+    worker_id: str
+    incarnation: str
+    url: str
+    direct: bool = True
+    version: str = ""
+    run_id: str = ""
+
+
+class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /workers/register`. Registering again with what runs is how a manager that was away learns of it."""
+
+    info: WorkerInfo
+    devices: tuple[Device, ...]
+    engines: dict[str, EngineStatus]
+    instances: tuple[InstanceReport, ...] = ()
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /workers/{worker_id}/heartbeat`. All instances each time: a report replaces the one before.
+
+    404 `worker_not_found` asks the worker to register again.
+    """
+
+    incarnation: str
+    devices: tuple[Device, ...]
+    engines: dict[str, EngineStatus]
+    instances: tuple[InstanceReport, ...] = ()
+
+
+class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`gateways`: base URLs a worker may use when its own MANAGER_URL is gone."""
+
+    gateways: tuple[str, ...] = ()
+
+
+class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /instances/start`. Idempotent: the same order for an instance that runs changes nothing.
+
+    `instance` defaults to the model's alias; `devices` to device 0 (as many as tensor_parallel_size says);
+    `memory_bytes`, the share of each device promised to the instance, to what the model itself says.
+    """
+
+    model: ModelSpec
+    instance: str = ""
+    devices: tuple[int, ...] = ()
+    memory_bytes: int = 0
+
+
+class GpuInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The device(s) an instance is on. GB are 10^9 bytes; on a machine without accelerators, host memory and CPU."""
+
+    available_memory_gb: float
+    total_memory_gb: float
+    utilization: float
+    name: str
+    devices: tuple[int, ...]
+
+
+class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /instances/{alias}/status`. Times in seconds over requests the host really served; None before the first."""
+
+    instance: str
+    alias: str
+    state: InstanceState
+    sleep_level_value: int
+    inflight_requests: int
+    capacity: int
+    gpu_info: GpuInfo
+    ttft_last: float | None = None
+    ttft_avg: float | None = None
+    e2e_last: float | None = None
+    e2e_avg: float | None = None
+    requests_total: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float | None = None
+    num_gpu_blocks: int | None = None
+    block_size: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    memory_bytes: int = 0
+    """PSS of the instance's process tree."""
+    pid: int | None = None
+    progress: Progress | None = None
+    reason: str = ""
+
+
+class WorkerDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /info` of a worker."""
+
+    info: WorkerInfo
+    devices: tuple[Device, ...]
+    engines: dict[str, EngineStatus]
+    instances: tuple[InstanceReport, ...]
