@@ -1,26 +1,26 @@
 """Every error a caller can see, and the one renderer of OpenAI-shaped error bodies.
 
-    PoolError
-    ├── CallerError            the request is at fault
-    │   ├── InvalidRequest     400
-    │   ├── Unauthorized       401
-    │   ├── Forbidden          403
-    │   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound
-    │   ├── MethodNotAllowed   405
-    │   ├── Conflict           409
-    │   ├── BodyTooLarge       413
-    │   ├── HeadersTooLarge    431
-    │   └── InvalidBody        422  a control-plane body: field, value, what is allowed
-    ├── CapacityError          nothing can take it now; all carry Retry-After
-    │   ├── ModelNotReady      503
-    │   ├── NoAvailableWorker  503
-    │   └── Draining           503
-    ├── EngineError            the engine is at fault
-    │   ├── UpstreamFailed     502
-    │   └── UpstreamTimeout    504
-    └── PoolFault              we are at fault
-        ├── ManagerAway        503
-        └── InternalError      500
+PoolError
+├── CallerError            the request is at fault
+│   ├── InvalidRequest     400
+│   ├── Unauthorized       401
+│   ├── Forbidden          403
+│   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound
+│   ├── MethodNotAllowed   405
+│   ├── Conflict           409
+│   ├── BodyTooLarge       413
+│   ├── HeadersTooLarge    431
+│   └── InvalidBody        422  a control-plane body: field, value, what is allowed
+├── CapacityError          nothing can take it now; all carry Retry-After
+│   ├── ModelNotReady      503
+│   ├── NoAvailableWorker  503
+│   └── Draining           503
+├── EngineError            the engine is at fault
+│   ├── UpstreamFailed     502
+│   └── UpstreamTimeout    504
+└── PoolFault              we are at fault
+    ├── ManagerAway        503
+    └── InternalError      500
 """
 
 from __future__ import annotations

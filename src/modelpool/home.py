@@ -1,0 +1,102 @@
+"""The folder that one pool on one machine lives in (`MODELPOOL_HOME`): tokens, store, logs, run directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+# sun_path is 108 bytes with its final NUL.
+_SOCKET_PATH_MAX = 107
+
+
+class AlreadyRunning(Exception):
+    """Another live process holds the lock. `pid` is what it wrote there, or None."""
+
+    def __init__(self, name: str, pid: int | None) -> None:
+        super().__init__(f"{name} is already running" + (f" (process {pid})" if pid else ""))
+        self.pid = pid
+
+
+class Home:
+    """Paths and secrets below one folder. Creating one creates the folder, readable by its owner only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        for folder in (path, self.run, self.logs):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def store(self) -> Path:
+        return self.path / "modelpool.db"
+
+    @property
+    def control_socket(self) -> Path:
+        """The control socket; in the system's temporary folder where `home` is too long for a socket's path."""
+        path = self.run / "control.sock"
+        if len(os.fsencode(path)) <= _SOCKET_PATH_MAX:
+            return path
+        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"modelpool-{os.getuid()}-{digest}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EACCES, "belongs to another user", str(folder))
+        return folder / "control.sock"
+
+    def instance_log(self, worker_id: str, instance: str) -> Path:
+        """The log of one instance. Names are quoted, so that an alias such as `org/model` is one file."""
+        folder = self.logs / "instances" / quote(worker_id, safe="")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder / f"{quote(instance, safe='')}.log"
+
+    def cluster_token(self) -> str:
+        """The token that the parts of a pool know each other by; made at the first call."""
+        return self._secret("cluster-token")
+
+    def admin_key(self) -> str:
+        """The key that opens every route of the gateway; made at the first call."""
+        return self._secret("admin-key")
+
+    def _secret(self, name: str) -> str:
+        path = self.path / name
+        try:
+            # Written under another name first: a reader never sees half a secret, and the first writer wins.
+            draft = path.with_name(f".{name}.{os.getpid()}")
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink(missing_ok=True)
+        return path.read_text().strip()
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the lock `name` as long as this process lives. Raises AlreadyRunning."""
+        path = self.run / f"{quote(name, safe='')}.lock"
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read().strip()
+                raise AlreadyRunning(name, int(text) if text.isdigit() else None) from None
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield

@@ -1,0 +1,74 @@
+"""What every process of a pool does at its start: name itself, log, end with its parent, say when it is ready."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+import msgspec
+import setproctitle
+
+READY_FD = "MODELPOOL_READY_FD"
+RUN_ID = "MODELPOOL_RUN_ID"
+_PR_SET_PDEATHSIG = 1
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The process serves at `url`."""
+
+    url: str
+
+
+class NotStarted(msgspec.Struct, frozen=True, tag="not_started"):
+    """The process cannot start. `hint` says what the user can do about it."""
+
+    reason: str
+    hint: str = ""
+
+
+Announcement = Ready | NotStarted
+
+
+class StartupError(Exception):
+    """A reason not to start that a user can do something about."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def enter(part: str, *, log_level: str = "info") -> None:
+    """Name this process `modelpool: part`, send the log to standard error, and end when the parent does."""
+    # Otherwise the title is written over the environment, and the run id can no longer be read from /proc.
+    os.environ.setdefault("SPT_NOENV", "1")
+    setproctitle.setproctitle(f"modelpool: {part}")
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)-7s {part} %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if os.environ.get(READY_FD):
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Be sent SIGTERM when the parent process dies, however it dies. Linux only; elsewhere nothing happens."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def announce(message: Announcement, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the parent that started us, if it wants to know, that we are ready or why not."""
+    if not environ.get(READY_FD):
+        return
+    fd = int(environ[READY_FD])
+    os.write(fd, msgspec.json.encode(message) + b"\n")
+    os.close(fd)

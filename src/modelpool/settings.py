@@ -1,0 +1,193 @@
+"""Settings: defaults, then a YAML file, then the environment, then flags; parsed once, into frozen values.
+
+An unknown key in the file, a value of the wrong type or out of range raises SettingsError with the value's path
+(`worker.port` or the variable's name) and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used. The message names it, its value and what is allowed."""
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    api_key: str = ""
+    """Clients must send it once it is set. Needed for any address but loopback."""
+    insecure_no_auth: bool = False
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 << 20
+    connect_timeout_s: Seconds = 5.0
+
+
+class ManagerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = ""
+    """Listen on TCP too, for gateways and workers elsewhere. Empty: the control socket only."""
+    port: Port = 9000
+    heartbeat_timeout_s: Seconds = 60.0
+    recovery_s: Seconds = 10.0
+    """How long a new manager waits for the workers it knew before it starts anything or tells the gateways."""
+    backoff_initial_s: Seconds = 1.0
+    backoff_max_s: Seconds = 60.0
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    worker_id: str = ""
+    """Default: the host's name."""
+    host: str = "127.0.0.1"
+    port: Port = 7000
+    manager_url: str = "http://127.0.0.1:8000"
+    """A gateway, a manager's TCP address, or `unix:` and the path of a control socket."""
+    public_url: str = ""
+    """Where the manager and the gateways reach this worker, when not at its own address. Proxies everything."""
+    port_range: str = ""
+    """`low-high`: ports for engine hosts. Empty: any."""
+    fake_devices: str = ""
+    """`COUNTxGB`, such as `4x80`: declare this many GPUs instead of looking for devices. For tests."""
+    heartbeat_interval_s: Seconds = 5.0
+    fetch_timeout_s: Seconds = 3600.0
+    start_timeout_s: Seconds = 600.0
+    stall_timeout_s: Seconds = 30.0
+    """A host that has not answered a probe for this long is ended."""
+    drain_timeout_s: Seconds = 30.0
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Defaults for models that do not say."""
+
+    instance_capacity: Annotated[int, Meta(ge=1)] | None = None
+    min_replicas: Annotated[int, Meta(ge=0)] = 0
+    max_replicas: Annotated[int, Meta(ge=1)] = 4
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    home: str = "~/.modelpool"
+    run_id: str = ""
+    token: str = ""
+    """The cluster token. Empty: read from `home`."""
+    log_level: str = "info"
+    gateway: GatewaySettings = GatewaySettings()
+    manager: ManagerSettings = ManagerSettings()
+    worker: WorkerSettings = WorkerSettings()
+    models: ModelSettings = ModelSettings()
+
+    @property
+    def home_path(self) -> Path:
+        return Path(self.home).expanduser().absolute()
+
+    @property
+    def worker_id(self) -> str:
+        return self.worker.worker_id or socket.gethostname()
+
+
+# Where two names mean the same, the later one wins.
+ENVIRONMENT: tuple[tuple[str, str], ...] = (
+    ("MODELPOOL_HOME", "home"),
+    ("MODELPOOL_RUN_ID", "run_id"),
+    ("MODELPOOL_TOKEN", "token"),
+    ("MODELPOOL_LOG_LEVEL", "log_level"),
+    ("ROUTER_HOST", "gateway.host"),
+    ("SERVE_HOST", "gateway.host"),
+    ("ROUTER_PORT", "gateway.port"),
+    ("SERVE_PORT", "gateway.port"),
+    ("MODELPOOL_API_KEY", "gateway.api_key"),
+    ("MODELPOOL_INSECURE_NO_AUTH", "gateway.insecure_no_auth"),
+    ("MODELPOOL_MAX_BODY_BYTES", "gateway.max_body_bytes"),
+    ("MODELPOOL_CONNECT_TIMEOUT", "gateway.connect_timeout_s"),
+    ("MANAGER_HOST", "manager.host"),
+    ("MANAGER_PORT", "manager.port"),
+    ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),
+    ("MODELPOOL_RECOVERY", "manager.recovery_s"),
+    ("MODELPOOL_BACKOFF_INITIAL", "manager.backoff_initial_s"),
+    ("MODELPOOL_BACKOFF_MAX", "manager.backoff_max_s"),
+    ("WORKER_ID", "worker.worker_id"),
+    ("WORKER_HOST", "worker.host"),
+    ("WORKER_PORT", "worker.port"),
+    ("MANAGER_URL", "worker.manager_url"),
+    ("PUBLIC_URL", "worker.public_url"),
+    ("WORKER_PORT_RANGE", "worker.port_range"),
+    ("MODELPOOL_FAKE_DEVICES", "worker.fake_devices"),
+    ("MODELPOOL_HEARTBEAT_INTERVAL", "worker.heartbeat_interval_s"),
+    ("MODELPOOL_FETCH_TIMEOUT", "worker.fetch_timeout_s"),
+    ("MODELPOOL_START_TIMEOUT", "worker.start_timeout_s"),
+    ("MODELPOOL_STALL_TIMEOUT", "worker.stall_timeout_s"),
+    ("MODELPOOL_DRAIN_TIMEOUT", "worker.drain_timeout_s"),
+    ("MODEL_INSTANCE_CAPACITY", "models.instance_capacity"),
+    ("MODEL_MIN_REPLICAS", "models.min_replicas"),
+    ("MODEL_MAX_REPLICAS", "models.max_replicas"),
+)
+
+
+def load(environ: Mapping[str, str], *, file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from `file` (or `MODELPOOL_CONFIG`), `environ`, and `flags` (dotted paths; None means not given)."""
+    if file is None and environ.get("MODELPOOL_CONFIG"):
+        file = Path(environ["MODELPOOL_CONFIG"])
+    settings = _from_file(file) if file is not None else Settings()
+    for variable, path in ENVIRONMENT:
+        if environ.get(variable):
+            settings = _replace(settings, path, environ[variable], source=variable)
+    for path, value in (flags or {}).items():
+        if value is not None:
+            settings = _replace(settings, path, value, source=path)
+    return settings
+
+
+def to_environ(settings: Settings) -> dict[str, str]:
+    """The variables that make `load` give these settings again: how a parent hands them to its children."""
+    variables: dict[str, str] = {}
+    for variable, path in ENVIRONMENT:
+        value = _get(settings, path)
+        if value is not None and value != "":
+            variables[variable] = str(value).lower() if isinstance(value, bool) else str(value)
+    return variables
+
+
+def _from_file(file: Path) -> Settings:
+    try:
+        raw = yaml.safe_load(file.read_text()) or {}
+        return msgspec.convert(raw, Settings)
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise SettingsError(f"{file}: {error}") from error
+
+
+def _replace(settings: Settings, path: str, value: Any, *, source: str) -> Settings:
+    """`settings` with the value at a dotted path; text is converted (`strict=False`), ranges are checked."""
+    raw = msgspec.to_builtins(settings)
+    *parents, leaf = path.split(".")
+    target = raw
+    for part in parents:
+        target = target[part]
+    target[leaf] = value
+    try:
+        return msgspec.convert(raw, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        reason = str(error).rsplit(" - at ", 1)[0]
+        raise SettingsError(f"{source}={value!r}: {reason}") from error
+
+
+def _get(settings: Settings, path: str) -> Any:
+    value: Any = settings
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def from_environment() -> Settings:
+    """`load` for a process of ours that a parent started."""
+    return load(os.environ)
