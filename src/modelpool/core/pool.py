@@ -1,0 +1,340 @@
+"""What the manager knows, and how events change it. What it does about it is in core/reconcile.py.
+
+Models are wanted until someone removes them. Instances belong to a worker: losing it loses them, never the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from modelpool.core.lifecycle import InstanceState
+
+UNWANTED_GRACE_S = 30.0
+"""How long an instance of a model that nobody registered is left alone."""
+
+Key = tuple[str, str]
+"""(worker_id, instance)"""
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    min_replicas: int = 0
+    max_replicas: int = 4
+    heartbeat_timeout_s: float = 60.0
+    backoff_initial_s: float = 1.0
+    backoff_max_s: float = 60.0
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a model matters for where it runs. `key` tells two specs apart; `engine` is "vllm" or "fake"."""
+
+    alias: str
+    key: str
+    engine: str
+    created: int
+    devices: int = 1
+    memory_bytes: int | None = None
+    memory_fraction: float | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    kind: str
+    total_bytes: int
+    free_bytes: int
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """`engines`: engine kind → why it cannot be started there, "" when it can."""
+
+    worker_id: str
+    incarnation: str
+    devices: tuple[Device, ...] = ()
+    engines: Mapping[str, str] = {}
+    alive: bool = True
+    reason: str = ""
+    last_seen: float = 0.0
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica on one worker. `ordered_at`: when the last order about it was given; None before the first."""
+
+    instance: str
+    alias: str
+    key: str
+    worker_id: str
+    state: InstanceState
+    devices: tuple[int, ...] = ()
+    memory_bytes: int = 0
+    stopping: bool = False
+    acknowledged: bool = True
+    missing: int = 0
+    ordered_at: float | None = None
+    starting_since: float = 0.0
+    active_since: float = 0.0
+    unwanted_since: float | None = None
+    failures: int = 0
+    failed_at: float = 0.0
+    retry_at: float | None = None
+    reason: str = ""
+
+
+class Pool(msgspec.Struct, frozen=True, kw_only=True):
+    policy: Policy = Policy()
+    models: Mapping[str, Model] = {}
+    workers: Mapping[str, Worker] = {}
+    instances: Mapping[Key, Instance] = {}
+    shortages: Mapping[str, str] = {}
+    """alias → why a wanted replica of it runs nowhere."""
+    start_seconds: Mapping[str, float] = {}
+    """alias → how long its last start took."""
+    awaited: frozenset[str] = frozenset()
+    """Workers known from before this manager; until they have reported or `recover_until`, no orders are given."""
+    recover_until: float = 0.0
+
+    @property
+    def recovering(self) -> bool:
+        return bool(self.awaited)
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance as its worker reports it; `changed_at` orders the reports of one instance."""
+
+    instance: str
+    alias: str
+    key: str
+    state: InstanceState
+    reason: str = ""
+    devices: tuple[int, ...] = ()
+    memory_bytes: int = 0
+    changed_at: float = 0.0
+
+
+class ModelRegistered(msgspec.Struct, frozen=True):
+    model: Model
+
+
+class ModelRemoved(msgspec.Struct, frozen=True):
+    alias: str
+
+
+class WorkerReported(msgspec.Struct, frozen=True, kw_only=True):
+    """A registration or a heartbeat: all that the worker runs."""
+
+    worker_id: str
+    incarnation: str
+    devices: tuple[Device, ...]
+    engines: Mapping[str, str]
+    reports: tuple[Report, ...]
+
+
+class WorkerGone(msgspec.Struct, frozen=True):
+    """The worker's process has ended (or said goodbye), and its instances with it."""
+
+    worker_id: str
+    incarnation: str
+    reason: str
+
+
+class OrderAnswered(msgspec.Struct, frozen=True):
+    """The worker took an order; its next report shows what came of it."""
+
+    key: Key
+
+
+class OrderRefused(msgspec.Struct, frozen=True):
+    key: Key
+    reason: str
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Nothing happened but time."""
+
+
+Event = ModelRegistered | ModelRemoved | WorkerReported | WorkerGone | OrderAnswered | OrderRefused | Tick
+
+
+def apply(pool: Pool, event: Event, now: float) -> Pool:
+    match event:
+        case ModelRegistered(model):
+            return replace(pool, models={**pool.models, model.alias: model})
+        case ModelRemoved(alias):
+            unwanted = {
+                key: replace(each, unwanted_since=now - UNWANTED_GRACE_S)
+                for key, each in pool.instances.items()
+                if each.alias == alias
+            }
+            return replace(
+                pool,
+                models=_without(pool.models, alias),
+                instances={**pool.instances, **unwanted},
+                shortages=_without(pool.shortages, alias),
+                start_seconds=_without(pool.start_seconds, alias),
+            )
+        case WorkerReported():
+            return _reported(pool, event, now)
+        case WorkerGone():
+            return _gone(pool, event)
+        case OrderAnswered(key):
+            return change(pool, key, acknowledged=True, missing=0)
+        case OrderRefused(key, reason):
+            return _refused(pool, key, reason, now)
+        case Tick():
+            return _time_passed(pool, now)
+
+
+def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
+    before = pool.workers.get(event.worker_id)
+    new_process = before is None or before.incarnation != event.incarnation
+    worker = Worker(
+        worker_id=event.worker_id,
+        incarnation=event.incarnation,
+        devices=event.devices,
+        engines=event.engines,
+        last_seen=now,
+    )
+    mine = {key: instance for key, instance in pool.instances.items() if key[0] == event.worker_id}
+    others = {key: instance for key, instance in pool.instances.items() if key[0] != event.worker_id}
+    started: dict[str, float] = {}
+    merged: dict[Key, Instance] = {}
+    for report in event.reports:
+        key = (event.worker_id, report.instance)
+        known = mine.pop(key, None)
+        merged[key] = _merge(pool.policy, None if new_process else known, known, report, event.worker_id, now)
+        if known and known.state is InstanceState.STARTING and report.state is InstanceState.ACTIVE:
+            started[report.alias] = now - known.starting_since
+    for key, instance in mine.items():
+        if not new_process and _may_be_on_its_way(instance):
+            merged[key] = replace(instance, missing=instance.missing + (1 if instance.acknowledged else 0))
+    return replace(
+        pool,
+        workers={**pool.workers, event.worker_id: worker},
+        instances=others | merged,
+        start_seconds={**pool.start_seconds, **started} if started else pool.start_seconds,
+        awaited=pool.awaited - {event.worker_id},
+    )
+
+
+def _may_be_on_its_way(instance: Instance) -> bool:
+    """A report may have been written before an order arrived: twice missing is gone. A refused order is not due yet."""
+    if instance.stopping:
+        return False
+    return not instance.acknowledged or instance.missing == 0 or instance.retry_at is not None
+
+
+def _merge(
+    policy: Policy, known: Instance | None, history: Instance | None, report: Report, worker_id: str, now: float
+) -> Instance:
+    """What is known of an instance and what its worker says of it now, as one."""
+    seen = Instance(
+        instance=report.instance,
+        alias=report.alias,
+        key=report.key,
+        worker_id=worker_id,
+        state=report.state,
+        devices=report.devices,
+        memory_bytes=report.memory_bytes,
+        reason=report.reason,
+        starting_since=now,
+        active_since=now,
+        failures=history.failures if history else 0,
+        failed_at=history.failed_at if history else 0.0,
+    )
+    if known is None:
+        return _failed(policy, seen, report.reason, now, at=report.changed_at) if has_failed(seen) else seen
+    merged = replace(
+        seen,
+        stopping=known.stopping,
+        ordered_at=known.ordered_at,
+        starting_since=known.starting_since,
+        active_since=known.active_since if known.state is InstanceState.ACTIVE else now,
+        unwanted_since=known.unwanted_since,
+    )
+    if seen.state is InstanceState.STARTING and not seen.reason:
+        merged = replace(merged, reason=known.reason)  # while it tries again, why it failed before
+    if not has_failed(seen):
+        stable = seen.state is InstanceState.ACTIVE and now - merged.active_since >= policy.backoff_max_s
+        return replace(merged, failures=0) if stable else merged
+    if report.changed_at <= known.failed_at:
+        # The failure that was answered with a new order already: the order is on its way, or waits for its time.
+        return replace(known, missing=0)
+    return _failed(policy, merged, report.reason, now, at=report.changed_at)
+
+
+def has_failed(instance: Instance) -> bool:
+    return instance.state is InstanceState.FAILED
+
+
+def _failed(policy: Policy, instance: Instance, reason: str, now: float, *, at: float | None = None) -> Instance:
+    """FAILED, to be tried again after a time that doubles with each failure in a row."""
+    failures = instance.failures + 1
+    return replace(
+        instance,
+        state=InstanceState.FAILED,
+        reason=reason,
+        acknowledged=True,
+        missing=0,
+        failures=failures,
+        failed_at=instance.failed_at if at is None else at,
+        retry_at=now + backoff(policy, failures),
+    )
+
+
+def backoff(policy: Policy, failures: int) -> float:
+    """Seconds until the next try after so many failures in a row."""
+    return min(policy.backoff_max_s, policy.backoff_initial_s * 2.0 ** min(30, max(0, failures - 1)))
+
+
+def _gone(pool: Pool, event: WorkerGone) -> Pool:
+    worker = pool.workers.get(event.worker_id)
+    if worker is None or worker.incarnation != event.incarnation:
+        return pool
+    return replace(
+        pool,
+        workers={**pool.workers, event.worker_id: replace(worker, alive=False, reason=event.reason)},
+        instances={key: instance for key, instance in pool.instances.items() if key[0] != event.worker_id},
+    )
+
+
+def _refused(pool: Pool, key: Key, reason: str, now: float) -> Pool:
+    instance = pool.instances.get(key)
+    if instance is None or instance.stopping:
+        return pool
+    return put(pool, key, _failed(pool.policy, instance, reason, now))
+
+
+def _time_passed(pool: Pool, now: float) -> Pool:
+    lost = {
+        worker.worker_id: replace(worker, alive=False, reason=f"no heartbeat for {now - worker.last_seen:.0f} s")
+        for worker in pool.workers.values()
+        if worker.alive and now - worker.last_seen >= pool.policy.heartbeat_timeout_s
+    }
+    awaited = pool.awaited if now < pool.recover_until else frozenset()
+    if not lost and awaited == pool.awaited:
+        return pool
+    return replace(pool, workers={**pool.workers, **lost}, awaited=awaited)
+
+
+def key_of(instance: Instance) -> Key:
+    return (instance.worker_id, instance.instance)
+
+
+def put(pool: Pool, key: Key, instance: Instance) -> Pool:
+    return replace(pool, instances={**pool.instances, key: instance})
+
+
+def change(pool: Pool, key: Key, **fields: Any) -> Pool:
+    instance = pool.instances.get(key)
+    return pool if instance is None else put(pool, key, replace(instance, **fields))
+
+
+V = TypeVar("V")
+
+
+def _without(mapping: Mapping[str, V], key: str) -> dict[str, V]:
+    return {other: value for other, value in mapping.items() if other != key}

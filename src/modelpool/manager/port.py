@@ -1,0 +1,48 @@
+"""What the control API needs of a manager, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.routing import Update
+from modelpool.messages.workers import Heartbeat, HeartbeatAnswer, RegisterWorker
+
+
+class ManagerPort(Protocol):
+    """The manager as its callers see it. Everything raises errors of modelpool.errors."""
+
+    async def register_model(self, spec: ModelSpec) -> ModelView:
+        """Register a model. The same spec again changes nothing; another one under the same alias is a Conflict."""
+
+    async def remove_model(self, alias: str) -> None:
+        """Forget a model and end its instances, after those in flight. Raises ModelNotFound."""
+
+    async def model(self, alias: str) -> ModelView:
+        """One model. Raises ModelNotFound."""
+
+    async def models(self) -> list[ModelView]:
+        """All registered models, whatever runs."""
+
+    async def workers(self) -> list[WorkerView]:
+        """All workers that were heard of, lost ones too."""
+
+    async def status(self) -> PoolStatus:
+        """Everything at once."""
+
+    async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
+        """A worker starts, or comes back; what it runs is adopted. Raises InvalidBody for a URL of no use."""
+
+    async def heartbeat(self, worker_id: str, message: Heartbeat) -> HeartbeatAnswer:
+        """What a worker runs now. Raises WorkerNotFound: then it registers again."""
+
+    async def unregister_worker(self, worker_id: str) -> None:
+        """A worker ends, and its instances with it. Raises WorkerNotFound."""
+
+    def snapshots(self) -> AsyncIterator[Update | None]:
+        """The routing table, first whole, then changes; None where there was nothing for KEEPALIVE_S."""
+
+    def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
+        """The log of a model's instance (of the first one, or of one named `alias-rN`). Raises ModelNotFound."""

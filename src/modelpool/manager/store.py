@@ -1,0 +1,129 @@
+"""What survives the manager: registered models, the workers that were known, and the epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import cast
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from modelpool.errors import PoolFault
+from modelpool.messages.models import ModelSpec
+
+_SCHEMA_VERSION = 1
+_metadata = sa.MetaData()
+_meta = sa.Table(
+    "meta",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("value", sa.Integer, nullable=False),
+)
+_models = sa.Table(
+    "models",
+    _metadata,
+    sa.Column("alias", sa.String, primary_key=True),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("created", sa.Integer, nullable=False),
+)
+_workers = sa.Table(
+    "workers",
+    _metadata,
+    sa.Column("worker_id", sa.String, primary_key=True),
+    sa.Column("url", sa.String, nullable=False),
+)
+
+
+class StoreError(PoolFault):
+    """The store cannot be read or written; what was asked for was not done."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class StoredModel(msgspec.Struct, frozen=True):
+    spec: ModelSpec
+    created: int
+
+
+class Store:
+    """An open store. Every write is one transaction and is on disk when the call returns."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def next_epoch(self) -> int:
+        """Count the managers that have used this store; each gets a number of its own."""
+        async with _transaction(self._engine) as connection:
+            row = (await connection.execute(sa.select(_meta.c.value).where(_meta.c.name == "epoch"))).first()
+            epoch = (row.value if row else 0) + 1
+            await connection.execute(sa.delete(_meta).where(_meta.c.name == "epoch"))
+            await connection.execute(sa.insert(_meta).values(name="epoch", value=epoch))
+            return cast(int, epoch)
+
+    async def models(self) -> list[StoredModel]:
+        async with _transaction(self._engine) as connection:
+            rows = await connection.execute(sa.select(_models).order_by(_models.c.created, _models.c.alias))
+            return [StoredModel(msgspec.convert(row.spec, ModelSpec), row.created) for row in rows]
+
+    async def add_model(self, spec: ModelSpec, created: int) -> None:
+        raw = json.loads(msgspec.json.encode(spec))
+        async with _transaction(self._engine) as connection:
+            await connection.execute(sa.insert(_models).values(alias=spec.alias, spec=raw, created=created))
+
+    async def remove_model(self, alias: str) -> None:
+        async with _transaction(self._engine) as connection:
+            await connection.execute(sa.delete(_models).where(_models.c.alias == alias))
+
+    async def worker_ids(self) -> list[str]:
+        async with _transaction(self._engine) as connection:
+            rows = await connection.execute(sa.select(_workers.c.worker_id))
+            return [row.worker_id for row in rows]
+
+    async def remember_worker(self, worker_id: str, url: str) -> None:
+        async with _transaction(self._engine) as connection:
+            await connection.execute(sa.delete(_workers).where(_workers.c.worker_id == worker_id))
+            await connection.execute(sa.insert(_workers).values(worker_id=worker_id, url=url))
+
+    async def forget_worker(self, worker_id: str) -> None:
+        async with _transaction(self._engine) as connection:
+            await connection.execute(sa.delete(_workers).where(_workers.c.worker_id == worker_id))
+
+
+@asynccontextmanager
+async def open_store(url: str) -> AsyncIterator[Store]:
+    """The store at a SQLAlchemy URL (`sqlite+aiosqlite:///path`), made if it is new. Raises StoreError."""
+    engine = create_async_engine(url)
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: sa.engine.interfaces.DBAPIConnection, _: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    try:
+        async with _transaction(engine) as connection:
+            await connection.run_sync(_metadata.create_all)
+            row = (await connection.execute(sa.select(_meta.c.value).where(_meta.c.name == "schema"))).first()
+            if row is None:
+                await connection.execute(sa.insert(_meta).values(name="schema", value=_SCHEMA_VERSION))
+            elif row.value != _SCHEMA_VERSION:
+                raise StoreError(f"The store is of schema {row.value}; this version knows {_SCHEMA_VERSION}.")
+        yield Store(engine)
+    finally:
+        await engine.dispose()
+
+
+@asynccontextmanager
+async def _transaction(engine: AsyncEngine) -> AsyncIterator[sa.ext.asyncio.AsyncConnection]:
+    try:
+        async with engine.begin() as connection:
+            yield connection
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise StoreError(f"The store cannot be used: {cause}.") from error

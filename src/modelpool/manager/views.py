@@ -1,0 +1,199 @@
+"""What others see of the pool: routing entries for gateways, views for people. Pure functions of what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from modelpool.core.lifecycle import InstanceState, sleep_level
+from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
+from modelpool.messages.admin import InstanceView, ModelView, WorkerView
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.routing import ModelEntry, Route, Unavailable
+from modelpool.messages.workers import Device, EngineStatus, InstanceReport, WorkerInfo
+
+DEFAULT_START_S = 10.0
+"""How long a start is taken to need before one of that model was measured."""
+NO_WORKER_RETRY_S = 5.0
+
+
+class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker last said of itself, as it said it."""
+
+    info: WorkerInfo
+    devices: tuple[Device, ...] = ()
+    engines: Mapping[str, EngineStatus] = {}
+    reports: Mapping[str, InstanceReport] = {}
+
+
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """All that views are made of."""
+
+    pool: Pool
+    specs: Mapping[str, ModelSpec]
+    facts: Mapping[str, WorkerFacts]
+    now: float
+
+    def report(self, key: Key) -> InstanceReport | None:
+        facts = self.facts.get(key[0])
+        return facts.reports.get(key[1]) if facts else None
+
+
+def instances_by_alias(pool: Pool) -> dict[str, list[Instance]]:
+    """The instances of every registered model, in the order of their names."""
+    grouped: dict[str, list[Instance]] = {alias: [] for alias in pool.models}
+    for key in sorted(pool.instances):
+        instance = pool.instances[key]
+        if instance.alias in grouped:
+            grouped[instance.alias].append(instance)
+    return grouped
+
+
+def entry(known: Known, alias: str, instances: list[Instance]) -> ModelEntry:
+    """A model as the gateways see it."""
+    model = known.pool.models[alias]
+    active = [each for each in instances if each.state is InstanceState.ACTIVE and not each.stopping]
+    current = [each for each in active if each.key == model.key]
+    routes = tuple(route for each in current if (route := _route(known, each)))
+    reports = [report for each in current if (report := known.report(key_of(each)))]
+    lengths = [report.max_model_len for report in reports if report.max_model_len]
+    return ModelEntry(
+        alias=alias,
+        created=model.created,
+        routes=routes,
+        unavailable=None if routes else _unavailable(known, alias, instances),
+        max_model_len=min(lengths, default=known.specs[alias].max_model_len),
+    )
+
+
+def _route(known: Known, instance: Instance) -> Route | None:
+    facts, report = known.facts.get(instance.worker_id), known.report(key_of(instance))
+    if facts is None or report is None or report.address is None:
+        return None
+    host, port, prefix = report.address.host, report.address.port, ""
+    if not facts.info.direct:
+        url = urlsplit(facts.info.url)
+        host, port = url.hostname or "", url.port or 80
+        prefix = f"{url.path.rstrip('/')}/proxy/{quote(instance.instance)}"
+    return Route(
+        instance=instance.instance,
+        worker_id=instance.worker_id,
+        host=host,
+        port=port,
+        prefix=prefix,
+        capacity=max(1, report.capacity),
+    )
+
+
+def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavailable:
+    if not any(worker.alive for worker in known.pool.workers.values()):
+        return Unavailable(
+            code="no_available_worker",
+            message=f"No worker is there to run `{alias}`: {_workers_missing(known.pool)}.",
+            retry_after=NO_WORKER_RETRY_S,
+        )
+    wait = _start_wait(known, alias, instances)
+    return Unavailable(
+        code="model_not_ready",
+        message=f"The model `{alias}` is not ready: {reason(known, alias, instances)}.",
+        retry_after=wait,
+    )
+
+
+def _workers_missing(pool: Pool) -> str:
+    if not pool.workers:
+        return "none has registered"
+    return "; ".join(f"{worker.worker_id}: {worker.reason}" for worker in pool.workers.values())
+
+
+def _start_wait(known: Known, alias: str, instances: list[Instance]) -> float:
+    """Seconds until it may be ready: the rest of a start as long as the last one, or the wait for the next try."""
+    expected = known.pool.start_seconds.get(alias, DEFAULT_START_S)
+    waits = [
+        max(1.0, each.starting_since + expected - known.now)
+        for each in instances
+        if each.state is InstanceState.STARTING
+    ]
+    waits += [max(1.0, each.retry_at - known.now) + expected for each in instances if each.retry_at is not None]
+    return round(min(waits, default=expected), 1)
+
+
+def reason(known: Known, alias: str, instances: list[Instance]) -> str:
+    """Why a model is not ACTIVE, in one clause; "" when it is."""
+    if any(each.state is InstanceState.ACTIVE and not each.stopping for each in instances):
+        return ""
+    failed = [each for each in instances if each.failures and each.reason]
+    if failed:
+        worst = max(failed, key=lambda each: each.failures)
+        again = "starting again" if worst.state is InstanceState.STARTING else "it will be tried again"
+        times = "" if worst.failures == 1 else f" {worst.failures} times"
+        return f"it failed{times} on {worst.worker_id}: {worst.reason.rstrip('.')}; {again}"
+    if known.pool.shortages.get(alias):
+        return f"there is no room for it: {known.pool.shortages[alias]}"
+    for each in instances:
+        report = known.report(key_of(each))
+        phase = f" ({report.progress.phase})" if report and report.progress else ""
+        if each.state is InstanceState.STARTING:
+            return f"it is starting on {each.worker_id}{phase}"
+        return f"its instance on {each.worker_id} is {each.state}"
+    if not any(worker.alive for worker in known.pool.workers.values()):
+        return _workers_missing(known.pool)
+    return "it waits to be started"
+
+
+_BEST_FIRST = (
+    InstanceState.ACTIVE,
+    InstanceState.WAKING,
+    InstanceState.STARTING,
+    InstanceState.SLEEP_1,
+    InstanceState.SLEEP_2,
+    InstanceState.DRAINING,
+    InstanceState.FAILED,
+)
+
+
+def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView:
+    """A model as people see it. Without instances it is UNLOADED: registered, and run by nothing."""
+    states = {each.state for each in instances if not each.stopping}
+    return ModelView(
+        alias=alias,
+        state=next((state for state in _BEST_FIRST if state in states), InstanceState.UNLOADED),
+        reason=reason(known, alias, instances),
+        spec=known.specs[alias],
+        created=known.pool.models[alias].created,
+        instances=tuple(_instance_view(known, each) for each in instances),
+    )
+
+
+def _instance_view(known: Known, instance: Instance) -> InstanceView:
+    report = known.report(key_of(instance))
+    retrying = instance.retry_at is not None and instance.state is InstanceState.FAILED
+    return InstanceView(
+        instance=instance.instance,
+        worker_id=instance.worker_id,
+        state=instance.state,
+        sleep_level_value=sleep_level(instance.state),
+        reason=instance.reason,
+        progress=report.progress if report and report.state is instance.state else None,
+        failures=instance.failures,
+        retry_in_s=round(max(0.0, (instance.retry_at or 0.0) - known.now), 1) if retrying else None,
+        devices=instance.devices,
+        pid=report.pid if report else None,
+    )
+
+
+def worker_view(known: Known, worker: Worker) -> WorkerView:
+    facts = known.facts[worker.worker_id]
+    return WorkerView(
+        worker_id=worker.worker_id,
+        url=facts.info.url,
+        alive=worker.alive,
+        reason=worker.reason,
+        last_seen_s=round(known.now - worker.last_seen, 1),
+        run_id=facts.info.run_id,
+        devices=facts.devices,
+        engines=dict(facts.engines),
+        instances=tuple(name for worker_id, name in sorted(known.pool.instances) if worker_id == worker.worker_id),
+    )
