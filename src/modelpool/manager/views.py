@@ -88,18 +88,11 @@ def _route(known: Known, instance: Instance) -> Route | None:
 
 
 def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavailable:
-    if not any(worker.alive for worker in known.pool.workers.values()):
-        return Unavailable(
-            code="no_available_worker",
-            message=f"No worker is there to run `{alias}`: {_workers_missing(known.pool)}.",
-            retry_after=NO_WORKER_RETRY_S,
-        )
-    wait = _start_wait(known, alias, instances)
-    return Unavailable(
-        code="model_not_ready",
-        message=f"The model `{alias}` is not ready: {reason(known, alias, instances)}.",
-        retry_after=wait,
-    )
+    message = f"The model `{alias}` is not ready: {reason(known, alias, instances)}."
+    nowhere = not instances and known.pool.shortages.get(alias)
+    if nowhere or not any(worker.alive for worker in known.pool.workers.values()):
+        return Unavailable(code="no_available_worker", message=message, retry_after=NO_WORKER_RETRY_S)
+    return Unavailable(code="model_not_ready", message=message, retry_after=_start_wait(known, alias, instances))
 
 
 def _workers_missing(pool: Pool) -> str:
@@ -124,6 +117,8 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
     """Why a model is not ACTIVE, in one clause; "" when it is."""
     if any(each.state is InstanceState.ACTIVE and not each.stopping for each in instances):
         return ""
+    if not any(worker.alive for worker in known.pool.workers.values()):
+        return f"no worker is there: {_workers_missing(known.pool)}"
     failed = [each for each in instances if each.failures and each.reason]
     if failed:
         worst = max(failed, key=lambda each: each.failures)
@@ -131,15 +126,13 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
         times = "" if worst.failures == 1 else f" {worst.failures} times"
         return f"it failed{times} on {worst.worker_id}: {worst.reason.rstrip('.')}; {again}"
     if known.pool.shortages.get(alias):
-        return f"there is no room for it: {known.pool.shortages[alias]}"
+        return f"no worker can take it: {known.pool.shortages[alias]}"
     for each in instances:
         report = known.report(key_of(each))
         phase = f" ({report.progress.phase})" if report and report.progress else ""
         if each.state is InstanceState.STARTING:
             return f"it is starting on {each.worker_id}{phase}"
         return f"its instance on {each.worker_id} is {each.state}"
-    if not any(worker.alive for worker in known.pool.workers.values()):
-        return _workers_missing(known.pool)
     return "it waits to be started"
 
 

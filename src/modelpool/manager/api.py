@@ -1,0 +1,95 @@
+"""The control API: one FastAPI app over a ManagerPort, served on the control socket and, where asked for, on TCP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from modelpool import __version__
+from modelpool.control_http import answer, body_schema, render_errors
+from modelpool.manager.port import ManagerPort
+from modelpool.messages.admin import Registered
+from modelpool.messages.models import ModelSpec, decode_body
+from modelpool.messages.workers import Heartbeat, RegisterWorker
+
+
+def control_app(manager: ManagerPort) -> FastAPI:
+    """Every route of the control plane. Who may call is decided by whoever serves it."""
+    app = FastAPI(title="Model Pool control", version=__version__, docs_url=None, redoc_url=None)
+    render_errors(app)
+    _add_model_routes(app, manager)
+    _add_worker_routes(app, manager)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return answer({"status": "ok"})
+
+    @app.get("/admin/status")
+    async def status() -> Response:
+        return answer(await manager.status())
+
+    @app.get("/snapshots")
+    async def snapshots() -> Response:
+        async def lines() -> AsyncIterator[bytes]:
+            async for update in manager.snapshots():
+                yield b"\n" if update is None else msgspec.json.encode(update) + b"\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    return app
+
+
+def _add_model_routes(app: FastAPI, manager: ManagerPort) -> None:
+    @app.post("/admin/models/register", openapi_extra=body_schema(ModelSpec))
+    async def register(request: Request) -> Response:
+        spec = decode_body(await request.body(), ModelSpec)
+        return answer(Registered(status="success", routing=await manager.register_model(spec)))
+
+    @app.get("/admin/models")
+    async def models() -> Response:
+        return answer({"models": await manager.models()})
+
+    @app.get("/admin/models/{alias:path}/logs")
+    async def logs(alias: str, tail: Annotated[int, Query(ge=0, le=1_000_000)] = 200, follow: bool = False) -> Response:
+        chunks = manager.logs(alias, tail=tail, follow=follow)
+        first = await anext(chunks, b"")  # an error comes out here, while there is still a status to give it
+        return StreamingResponse(_chain(first, chunks), media_type="text/plain; charset=utf-8")
+
+    @app.get("/admin/models/{alias:path}")
+    async def model(alias: str) -> Response:
+        return answer(await manager.model(alias))
+
+    @app.delete("/admin/models/{alias:path}")
+    async def remove(alias: str) -> Response:
+        await manager.remove_model(alias)
+        return answer({"status": "success"})
+
+
+def _add_worker_routes(app: FastAPI, manager: ManagerPort) -> None:
+    @app.get("/admin/workers")
+    @app.get("/workers")
+    async def workers() -> Response:
+        return answer({"workers": await manager.workers()})
+
+    @app.post("/workers/register", openapi_extra=body_schema(RegisterWorker))
+    async def register_worker(request: Request) -> Response:
+        return answer(await manager.register_worker(decode_body(await request.body(), RegisterWorker)))
+
+    @app.post("/workers/{worker_id}/heartbeat", openapi_extra=body_schema(Heartbeat))
+    async def heartbeat(worker_id: str, request: Request) -> Response:
+        return answer(await manager.heartbeat(worker_id, decode_body(await request.body(), Heartbeat)))
+
+    @app.delete("/workers/{worker_id}/unregister")
+    async def unregister(worker_id: str) -> Response:
+        await manager.unregister_worker(worker_id)
+        return answer({"status": "success"})
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk

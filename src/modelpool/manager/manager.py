@@ -1,0 +1,440 @@
+"""The manager of one pool: brings events and time to core/, carries out the orders that come back, tells everybody.
+
+All state changes happen between two awaits of one event loop. What must outlive the process is in the store before a
+call returns; everything else is learned again from the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from urllib.parse import urlsplit
+
+import msgspec
+
+from modelpool import __version__
+from modelpool.core import pool as core
+from modelpool.core.reconcile import Effect, Start, Stop, next_deadline, reconcile
+from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
+from modelpool.manager import views
+from modelpool.manager.store import Store
+from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
+from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.routing import KEEPALIVE_S, Delta, ModelEntry, Snapshot, Update
+from modelpool.messages.workers import (
+    Device,
+    EngineStatus,
+    Heartbeat,
+    HeartbeatAnswer,
+    InstanceReport,
+    RegisterWorker,
+    StartOrder,
+    WorkerInfo,
+)
+
+log = logging.getLogger(__name__)
+
+_SUBSCRIBER_BACKLOG = 256
+_WATCH_RETRY_S = 1.0
+
+
+@asynccontextmanager
+async def running_manager(
+    store: Store, *, policy: core.Policy, token: str, run_id: str, recovery_s: float, gateways: tuple[str, ...] = ()
+) -> AsyncIterator[Manager]:
+    """A manager that knows what the store knows and acts. On the way out its tasks have ended; instances run on."""
+    client = WorkerClient(token)
+    manager = Manager(store, client, epoch=await store.next_epoch(), run_id=run_id, gateways=gateways)
+    await manager.recall(policy, recovery_s)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            manager.attach(tasks)
+            acting = tasks.create_task(manager.act())
+            try:
+                yield manager
+            finally:
+                acting.cancel()
+                manager.detach()
+    finally:
+        await client.aclose()
+
+
+class Manager:
+    """The embedded implementation of ManagerPort. Use `running_manager`."""
+
+    def __init__(
+        self, store: Store, client: WorkerClient, *, epoch: int, run_id: str, gateways: tuple[str, ...]
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._epoch = str(epoch)
+        self._run_id = run_id
+        self._gateways = gateways
+        self._pool = core.Pool()
+        self._specs: dict[str, ModelSpec] = {}
+        self._facts: dict[str, views.WorkerFacts] = {}
+        self._changed = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._owned: set[asyncio.Task[None]] = set()
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._ordering: set[core.Key] = set()
+        self._published: dict[str, ModelEntry] | None = None
+        self._sequence = 0
+        self._subscribers: set[asyncio.Queue[Update]] = set()
+
+    # ------------------------------------------------------------ its life
+
+    async def recall(self, policy: core.Policy, recovery_s: float) -> None:
+        """Read the store. Workers known from before are awaited, so that what they run is adopted, not doubled."""
+        now = _now()
+        awaited = frozenset(await self._store.worker_ids())
+        self._pool = core.Pool(policy=policy, awaited=awaited, recover_until=now + recovery_s)
+        for stored in await self._store.models():
+            self._specs[stored.spec.alias] = stored.spec
+            self._pool = core.apply(self._pool, core.ModelRegistered(_model(stored.spec, stored.created)), now)
+        log.info("epoch %s: %d models, %d workers awaited", self._epoch, len(self._specs), len(awaited))
+
+    def attach(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+
+    def detach(self) -> None:
+        """Cancel what is under way; the task group waits for it."""
+        for task in self._owned:
+            task.cancel()
+
+    async def act(self) -> None:
+        """Reconcile and publish whenever something changed or time is due, until cancelled."""
+        while True:
+            now = _now()
+            pool, effects = reconcile(core.apply(self._pool, core.Tick(), now), now)
+            self._pool = pool
+            self._changed.clear()
+            for effect in effects:
+                self._own(self._order(effect))
+            self._publish()
+            due = next_deadline(self._pool)
+            try:
+                async with asyncio.timeout(None if due is None else max(0.01, due - _now())):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def _apply(self, event: core.Event) -> None:
+        self._pool = core.apply(self._pool, event, _now())
+        self._changed.set()
+
+    def _own(self, coroutine: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
+        assert self._tasks is not None
+        task = self._tasks.create_task(coroutine)
+        self._owned.add(task)
+        task.add_done_callback(self._owned.discard)
+        return task
+
+    # ------------------------------------------------------------ orders
+
+    async def _order(self, effect: Effect) -> None:
+        """Give one order. An answer becomes an event; silence none, and the order is given again when it is due."""
+        key = (effect.worker_id, effect.instance)
+        facts = self._facts.get(effect.worker_id)
+        if key in self._ordering or facts is None:
+            return
+        self._ordering.add(key)
+        try:
+            if isinstance(effect, Start):
+                await self._order_start(facts.info.url, effect)
+            else:
+                await self._order_stop(facts.info.url, effect)
+        except OrderFailed as error:
+            log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
+            self._apply(core.OrderRefused(key, str(error)))
+        except WorkerUnreachable as error:
+            log.warning("%s: an order about %s got no answer: %s", effect.worker_id, effect.instance, error)
+        except Exception:
+            log.exception("%s: an order about %s failed", effect.worker_id, effect.instance)
+        finally:
+            self._ordering.discard(key)
+
+    async def _order_start(self, url: str, effect: Start) -> None:
+        spec = self._specs.get(effect.alias)
+        instance = self._pool.instances.get((effect.worker_id, effect.instance))
+        if spec is None or instance is None or instance.stopping:
+            return
+        log.info("start %s on %s, devices %s", effect.instance, effect.worker_id, effect.devices)
+        order = StartOrder(
+            model=spec, instance=effect.instance, devices=effect.devices, memory_bytes=instance.memory_bytes
+        )
+        await self._client.start(url, order)
+        self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
+
+    async def _order_stop(self, url: str, effect: Stop) -> None:
+        log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
+        self._publish()  # no new request is sent to it from now on
+        await self._client.stop(url, effect.instance)
+
+    # ------------------------------------------------------------ models
+
+    async def register_model(self, spec: ModelSpec) -> ModelView:
+        async with self._writing:
+            known = self._specs.get(spec.alias)
+            if known is not None and known != spec:
+                raise Conflict(
+                    f"The alias `{spec.alias}` is registered with another body (it differs in "
+                    f"{', '.join(_differences(known, spec))}). Remove it first, or use another alias.",
+                    param="alias",
+                    code="alias_taken",
+                )
+            if known is None:
+                created = int(time.time())
+                await self._store.add_model(spec, created)
+                self._specs[spec.alias] = spec
+                self._apply(core.ModelRegistered(_model(spec, created)))
+                log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
+        return self._view(spec.alias)
+
+    async def remove_model(self, alias: str) -> None:
+        async with self._writing:
+            self._require(alias)
+            await self._store.remove_model(alias)
+            del self._specs[alias]
+            self._apply(core.ModelRemoved(alias))
+            log.info("removed %s", alias)
+
+    async def model(self, alias: str) -> ModelView:
+        return self._view(alias)
+
+    async def models(self) -> list[ModelView]:
+        known = self._known()
+        grouped = views.instances_by_alias(self._pool)
+        return [views.model_view(known, alias, instances) for alias, instances in sorted(grouped.items())]
+
+    def _require(self, alias: str) -> None:
+        if alias not in self._specs:
+            raise ModelNotFound(alias, difflib.get_close_matches(alias, self._specs, 3))
+
+    def _view(self, alias: str) -> ModelView:
+        self._require(alias)
+        return views.model_view(self._known(), alias, views.instances_by_alias(self._pool)[alias])
+
+    async def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
+        key = self._instance_key(alias)
+        try:
+            url = self._facts[key[0]].info.url
+            async with aclosing(self._client.logs(url, key[1], tail=tail, follow=follow)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except (OrderFailed, WorkerUnreachable) as error:
+            raise InstanceNotFound(f"The log of `{key[1]}` on {key[0]} cannot be read: {error}.") from error
+
+    def _instance_key(self, name: str) -> core.Key:
+        """The instance of that name, or the first of the model of that alias."""
+        for key, instance in sorted(self._pool.instances.items()):
+            if name in (key[1], instance.alias):
+                return key
+        self._require(name)
+        view = self._view(name)
+        raise InstanceNotFound(f"Nothing runs `{name}`, so there is no log of it: {view.reason}.")
+
+    # ------------------------------------------------------------ workers
+
+    async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
+        info = message.info
+        _check_url(info.url)
+        async with self._writing:
+            await self._store.remember_worker(info.worker_id, info.url)
+        log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
+        self._heard(info, message.devices, message.engines, message.instances)
+        self._watch(info, anew=True)
+        return HeartbeatAnswer(gateways=self._gateways)
+
+    async def heartbeat(self, worker_id: str, message: Heartbeat) -> HeartbeatAnswer:
+        facts = self._facts.get(worker_id)
+        if facts is None or facts.info.incarnation != message.incarnation:
+            raise WorkerNotFound(f"The worker `{worker_id}` is not registered with this manager.")
+        self._heard(facts.info, message.devices, message.engines, message.instances)
+        self._watch(facts.info)
+        return HeartbeatAnswer(gateways=self._gateways)
+
+    def _heard(
+        self,
+        info: WorkerInfo,
+        devices: tuple[Device, ...],
+        engines: dict[str, EngineStatus],
+        reports: tuple[InstanceReport, ...],
+    ) -> None:
+        self._facts[info.worker_id] = views.WorkerFacts(
+            info=info, devices=devices, engines=engines, reports={report.instance: report for report in reports}
+        )
+        self._apply(
+            core.WorkerReported(
+                worker_id=info.worker_id,
+                incarnation=info.incarnation,
+                devices=tuple(_device(device) for device in devices),
+                engines={kind: _engine_refusal(kind, status) for kind, status in engines.items()},
+                reports=tuple(_report(report) for report in reports),
+            )
+        )
+
+    async def unregister_worker(self, worker_id: str) -> None:
+        facts = self._facts.get(worker_id)
+        if facts is None:
+            raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
+        async with self._writing:
+            await self._store.forget_worker(worker_id)
+        log.info("worker %s leaves", worker_id)
+        self._apply(core.WorkerGone(worker_id, facts.info.incarnation, "it was shut down"))
+        if watch := self._watches.pop(worker_id, None):
+            watch.cancel()
+
+    async def workers(self) -> list[WorkerView]:
+        known = self._known()
+        return [views.worker_view(known, worker) for _, worker in sorted(self._pool.workers.items())]
+
+    def _watch(self, info: WorkerInfo, *, anew: bool = False) -> None:
+        task = self._watches.get(info.worker_id)
+        if task is not None and not task.done():
+            if not anew:
+                return
+            task.cancel()
+        self._watches[info.worker_id] = self._own(self._watch_worker(info))
+
+    async def _watch_worker(self, info: WorkerInfo) -> None:
+        """Hold a connection to a worker until nothing listens there any more: then its instances are gone too."""
+        while True:
+            try:
+                await self._client.watch(info.url)
+            except WorkerUnreachable as error:
+                if error.refused:
+                    log.warning("worker %s is gone: %s", info.worker_id, error)
+                    self._apply(core.WorkerGone(info.worker_id, info.incarnation, "its process has ended"))
+                    return
+                log.info("worker %s cannot be watched: %s", info.worker_id, error)
+                await asyncio.sleep(_WATCH_RETRY_S)
+            except Exception:
+                log.exception("watching worker %s failed", info.worker_id)
+                await asyncio.sleep(_WATCH_RETRY_S)
+
+    # ------------------------------------------------------------ what others see
+
+    async def status(self) -> PoolStatus:
+        return PoolStatus(
+            version=__version__,
+            run_id=self._run_id,
+            epoch=self._epoch,
+            recovering=self._pool.recovering,
+            models=tuple(await self.models()),
+            workers=tuple(await self.workers()),
+        )
+
+    def _known(self) -> views.Known:
+        return views.Known(pool=self._pool, specs=self._specs, facts=self._facts, now=_now())
+
+    def _publish(self) -> None:
+        """Send the gateways what changed. Nothing while recovering: what they have is better than half the truth."""
+        if self._pool.recovering:
+            return
+        known = self._known()
+        entries = {
+            alias: views.entry(known, alias, instances)
+            for alias, instances in views.instances_by_alias(self._pool).items()
+        }
+        before, self._published = self._published, entries
+        if before is None:
+            self._sequence += 1
+            self._send(self._snapshot())
+            return
+        changed = {alias: entry for alias, entry in entries.items() if before.get(alias) != entry}
+        removed = tuple(alias for alias in before if alias not in entries)
+        if changed or removed:
+            self._sequence += 1
+            self._send(Delta(epoch=self._epoch, sequence=self._sequence, changed=changed, removed=removed))
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(epoch=self._epoch, sequence=self._sequence, models=dict(self._published or {}))
+
+    def _send(self, update: Update) -> None:
+        for queue in list(self._subscribers):
+            try:
+                queue.put_nowait(update)
+            except asyncio.QueueFull:
+                self._subscribers.discard(queue)  # it sees no more keepalives, and asks for a new snapshot
+
+    async def snapshots(self) -> AsyncIterator[Update | None]:
+        queue: asyncio.Queue[Update] = asyncio.Queue(_SUBSCRIBER_BACKLOG)
+        self._subscribers.add(queue)
+        try:
+            if self._published is not None:
+                yield self._snapshot()
+            while queue in self._subscribers or not queue.empty():
+                try:
+                    async with asyncio.timeout(KEEPALIVE_S):
+                        update = await queue.get()
+                except TimeoutError:
+                    yield None
+                else:
+                    yield update
+        finally:
+            self._subscribers.discard(queue)
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def _key(spec: ModelSpec) -> str:
+    return hashlib.sha256(msgspec.json.encode(spec, order="deterministic")).hexdigest()[:16]
+
+
+def _model(spec: ModelSpec, created: int) -> core.Model:
+    return core.Model(
+        alias=spec.alias,
+        key=_key(spec),
+        engine=spec.engine,
+        created=created,
+        devices=spec.tensor_parallel_size,
+        memory_bytes=None if spec.gpu_memory_gb is None else int(spec.gpu_memory_gb * 10**9),
+        memory_fraction=spec.gpu_memory_utilization,
+        min_replicas=spec.min_replicas,
+        max_replicas=spec.max_replicas,
+    )
+
+
+def _device(device: Device) -> core.Device:
+    return core.Device(
+        index=device.index, kind=device.kind, total_bytes=device.total_bytes, free_bytes=device.free_bytes
+    )
+
+
+def _engine_refusal(kind: str, status: EngineStatus) -> str:
+    if status.state in ("ready", "importing"):
+        return ""
+    return f"the engine {kind!r} is {status.state} there" + (f": {status.reason}" if status.reason else "")
+
+
+def _report(report: InstanceReport) -> core.Report:
+    return core.Report(
+        instance=report.instance,
+        alias=report.model.alias,
+        key=_key(report.model),
+        state=report.state,
+        reason=report.reason,
+        devices=report.devices,
+        memory_bytes=report.memory_bytes,
+        changed_at=report.changed_at,
+    )
+
+
+def _differences(one: ModelSpec, other: ModelSpec) -> list[str]:
+    return [name for name in ModelSpec.__struct_fields__ if getattr(one, name) != getattr(other, name)]
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise InvalidBody(f"`info.url`: must be an http:// URL with a host, got {url!r}.", param="info.url")

@@ -1,0 +1,110 @@
+"""Orders to workers, and the open connection by which a worker's end is seen."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from modelpool.messages.workers import InstanceReport, StartOrder
+
+_ORDER_DEADLINE_S = 10.0
+_WATCH_SILENCE_S = 15.0
+
+
+class WorkerUnreachable(Exception):
+    """The order may or may not have arrived. `refused`: nothing listens there, so its process has ended."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class OrderFailed(Exception):
+    """The worker answered that it will not; the message is its own."""
+
+
+class _ErrorText(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _ErrorText = _ErrorText()
+
+
+class WorkerClient:
+    """One HTTP client for all workers. Methods take a worker's base URL."""
+
+    def __init__(self, token: str) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {token}"}, timeout=_ORDER_DEADLINE_S, limits=limits, trust_env=False
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def start(self, url: str, order: StartOrder) -> InstanceReport:
+        content = await self._post(f"{url}/instances/start", msgspec.json.encode(order))
+        return msgspec.json.decode(content, type=InstanceReport)
+
+    async def stop(self, url: str, instance: str) -> None:
+        """Stopping what is not there is done already."""
+        await self._post(f"{url}/instances/{quote(instance)}/stop", b"", accept=(404,))
+
+    async def _post(self, url: str, body: bytes, accept: tuple[int, ...] = ()) -> bytes:
+        try:
+            response = await self._http.post(url, content=body, headers={"Content-Type": "application/json"})
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+        if response.is_success or response.status_code in accept:
+            return response.content
+        raise OrderFailed(_message(response))
+
+    async def watch(self, url: str) -> None:
+        """Return when the worker closes the connection. Raises WorkerUnreachable when it cannot be made or hangs."""
+        timeout = httpx.Timeout(_ORDER_DEADLINE_S, read=_WATCH_SILENCE_S)
+        try:
+            async with self._http.stream("GET", f"{url}/watch", timeout=timeout) as response:
+                if not response.is_success:
+                    raise WorkerUnreachable(f"GET /watch answered {response.status_code}")
+                async for _ in response.aiter_raw():
+                    pass
+        except httpx.RemoteProtocolError:
+            return
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+
+    async def logs(self, url: str, instance: str, *, tail: int, follow: bool) -> AsyncGenerator[bytes, None]:
+        """The log of an instance, as it comes. Raises OrderFailed, WorkerUnreachable."""
+        params = {"tail": str(tail), "follow": "1" if follow else "0"}
+        timeout = httpx.Timeout(_ORDER_DEADLINE_S, read=None if follow else _ORDER_DEADLINE_S)
+        path = f"{url}/instances/{quote(instance)}/logs"
+        try:
+            async with self._http.stream("GET", path, params=params, timeout=timeout) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise OrderFailed(_message(response))
+                async for chunk in response.aiter_raw():
+                    yield chunk
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        text = msgspec.json.decode(response.content, type=_ErrorBody).error.message
+    except msgspec.DecodeError:
+        text = ""
+    return text or f"the worker answered with status {response.status_code}"
+
+
+def _unreachable(error: httpx.HTTPError) -> WorkerUnreachable:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionRefusedError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return WorkerUnreachable("connection refused", refused=True)
+    return WorkerUnreachable(str(error) or type(error).__name__)
