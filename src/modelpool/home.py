@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -74,16 +75,16 @@ class Home:
 
     def _secret(self, name: str) -> str:
         path = self.path / name
-        try:
+        if not path.exists():
             # Written under another name first: a reader never sees half a secret, and the first writer wins.
-            draft = path.with_name(f".{name}.{os.getpid()}")
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(32) + "\n")
-            os.link(draft, path)
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink(missing_ok=True)
+            fd, draft = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
+            try:
+                with open(fd, "w") as file:
+                    file.write(secrets.token_urlsafe(32) + "\n")
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, path)
+            finally:
+                os.unlink(draft)
         return path.read_text().strip()
 
     @contextmanager

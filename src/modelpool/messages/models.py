@@ -84,7 +84,7 @@ def _problem(spec: ModelSpec) -> str | None:
         return "gpu_memory_gb: give this or gpu_memory_utilization, not both"
     if spec.min_replicas is not None and spec.max_replicas is not None and spec.min_replicas > spec.max_replicas:
         return f"min_replicas: {spec.min_replicas} is above max_replicas, {spec.max_replicas}"
-    if owned := sorted(OWNED_ENGINE_ARGS & {name.replace("-", "_") for name in spec.engine_args}):
+    if owned := [name for name in spec.engine_args if name.replace("-", "_") in OWNED_ENGINE_ARGS]:
         return f"engine_args.{owned[0]}: set by the pool; it is a field of the model or not for users to choose"
     return None
 
@@ -102,7 +102,7 @@ T = TypeVar("T")
 _AT_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
 _GOT = re.compile(r", got `[^`]*`$")
-_OURS = re.compile(r"(?P<field>[a-z_][\w.]*): (?P<problem>.*)", re.DOTALL)
+_OURS = re.compile(r"(?P<field>[a-z_][\w.-]*): (?P<problem>.*)", re.DOTALL)
 
 
 def decode_body(body: bytes, type_: type[T]) -> T:

@@ -1,0 +1,308 @@
+"""The commands. Each parses its options, does one thing, and prints it for people or, with --json, for programs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from modelpool import __version__
+from modelpool.cli.chat import Chat, converse, say
+from modelpool.cli.client import PoolClient, fail
+from modelpool.cli.tables import instances_table, models_table, progress_text, status_line, workers_table
+from modelpool.core.lifecycle import InstanceState
+from modelpool.home import AlreadyRunning
+from modelpool.messages.admin import ModelView
+from modelpool.process import StartupError
+from modelpool.settings import Settings, SettingsError, load, to_environ
+
+app = typer.Typer(
+    name="modelpool",
+    help="One OpenAI-compatible address in front of many models that share few accelerators.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+UrlOption = Annotated[str | None, typer.Option("--url", envvar="MODELPOOL_URL", help="The pool's address.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", envvar="MODELPOOL_CONFIG", help="A YAML file.")]
+_POLL_S = 0.25
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("up")
+def up_command(
+    host: Annotated[str | None, typer.Option(help="The gateway's address.")] = None,
+    port: Annotated[int | None, typer.Option(help="The gateway's port; 0 for any free one.")] = None,
+    worker_port: Annotated[int | None, typer.Option(help="The worker's port; 0 for any free one.")] = None,
+    manager_host: Annotated[
+        str | None, typer.Option(help="Let the manager listen on TCP too, at this address.")
+    ] = None,
+    manager_port: Annotated[int | None, typer.Option(help="The manager's TCP port.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="What clients must send. Needed beyond loopback.")] = None,
+    insecure_no_auth: Annotated[bool, typer.Option("--insecure-no-auth", help="Serve beyond loopback openly.")] = False,
+    no_demo: Annotated[bool, typer.Option("--no-demo", help="Leave the demo model out.")] = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Start gateway, manager and one worker on this machine; end them all on Ctrl-C."""
+    from modelpool.cli.up import JsonLines, Terminal, up
+
+    settings = _settings(
+        config,
+        {
+            "gateway.host": host,
+            "gateway.port": port,
+            "gateway.api_key": api_key,
+            "gateway.insecure_no_auth": insecure_no_auth or None,
+            "manager.host": manager_host,
+            "manager.port": manager_port,
+            "worker.port": worker_port,
+        },
+    )
+    screen = JsonLines(lambda line: print(line, flush=True)) if json else Terminal(Console())
+    try:
+        asyncio.run(up(settings, screen, with_demo=not no_demo))
+    except* StartupError as group:
+        error = _leaf(group)
+        screen.close()
+        fail(str(error), error.hint if isinstance(error, StartupError) else "")
+    except* (AlreadyRunning, OSError) as group:
+        screen.close()
+        fail(f"{_leaf(group)}.", "`modelpool status` shows the pool; MODELPOOL_HOME names another home.")
+    finally:
+        screen.close()
+
+
+@app.command("worker")
+def worker_command(
+    worker_id: Annotated[str | None, typer.Option(help="Its name; the host's name if not given.")] = None,
+    manager_url: Annotated[
+        str | None, typer.Option(help="A gateway or manager; or unix: and a control socket.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port; 0 for any free one.")] = None,
+    public_url: Annotated[str | None, typer.Option(help="Where others reach it, if not at its own address.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run a worker on this machine, in the foreground, for a pool that runs here or elsewhere."""
+    from modelpool.worker.__main__ import main as worker_main
+
+    settings = _settings(
+        config,
+        {
+            "worker.worker_id": worker_id,
+            "worker.manager_url": manager_url,
+            "worker.host": host,
+            "worker.port": port,
+            "worker.public_url": public_url,
+        },
+    )
+    os.environ.update(to_environ(settings), SPT_NOENV="1")
+    raise typer.Exit(worker_main())
+
+
+@app.command("register")
+def register_command(
+    alias: Annotated[str | None, typer.Argument(help="The name clients send as `model`.")] = None,
+    model_name: Annotated[str | None, typer.Argument(help="Hub name or local path.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A JSON body to register, - for stdin.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field: name=value, value as JSON or text.")
+    ] = None,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="A vLLM argument: name=value.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens.")] = None,
+    gpu_memory_gb: Annotated[float | None, typer.Option(help="GB of each device for it.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="Replicas to keep.")] = None,
+    fake: Annotated[bool, typer.Option("--fake", help="Use the fake engine.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is ready, or has failed.")] = False,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Register a model; it is started, and stays registered until it is removed."""
+    body = _body_from(file)
+    given: dict[str, Any] = {
+        "alias": alias,
+        "model_name": model_name,
+        "max_model_len": max_model_len,
+        "min_replicas": min_replicas,
+    }
+    given |= {"gpu_memory_gb": gpu_memory_gb, "fake": fake or None}
+    body |= {name: value for name, value in given.items() if value is not None}
+    body |= dict(_assignment(text) for text in set_ or [])
+    if engine_arg:
+        body["engine_args"] = {**body.get("engine_args", {}), **dict(_assignment(text) for text in engine_arg)}
+    with _client(url) as client:
+        view = client.register(body)
+        if wait:
+            view = _wait(client, view.alias, None if json else Console())
+    _print(view, json, lambda: models_table([view]))
+    if wait and view.state is not InstanceState.ACTIVE:
+        raise typer.Exit(1)
+
+
+@app.command("rm")
+def remove_command(alias: str, url: UrlOption = None, json: JsonOption = False) -> None:
+    """Remove a model: it takes no new requests, finishes those it has, and ends."""
+    with _client(url) as client:
+        client.remove(alias)
+    _print({"removed": alias}, json, lambda: f"removed {alias}")
+
+
+@app.command("ls")
+def list_command(url: UrlOption = None, json: JsonOption = False) -> None:
+    """List the registered models, whatever runs."""
+    with _client(url) as client:
+        models = client.status().models
+    _print(
+        models, json, lambda: models_table(models) if models else "No model is registered: see `modelpool register`."
+    )
+
+
+@app.command("status")
+def status_command(url: UrlOption = None, json: JsonOption = False) -> None:
+    """Show models, instances and workers."""
+    with _client(url) as client:
+        status = client.status()
+    if json:
+        _print_json(status)
+        return
+    console = Console()
+    console.print(status_line(status), highlight=False)
+    for table in (models_table(status.models), instances_table(status.models), workers_table(status.workers)):
+        if table.row_count:
+            console.print()
+            console.print(table)
+
+
+@app.command("chat")
+def chat_command(
+    model: str,
+    prompt: Annotated[str | None, typer.Argument(help="Ask this and end; without it, a conversation.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The longest answer, in tokens.")] = None,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Talk to a model; the answer streams as it comes."""
+    if json and prompt is None:
+        fail("--json needs a prompt.")
+    with _client(url) as client:
+        chat = Chat(client, model, max_tokens=max_tokens)
+        if prompt is None:
+            converse(chat, Console())
+        elif json:
+            _print_json({"model": model, "prompt": prompt, "answer": "".join(chat.ask(prompt))})
+        else:
+            say(chat, prompt, Console())
+
+
+@app.command("logs")
+def logs_command(
+    alias: Annotated[str, typer.Argument(help="A model, or one of its instances (`alias-r2`).")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
+    tail: Annotated[int, typer.Option("--tail", "-n", help="So many last lines.")] = 200,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the log of a model's instance, also when it is dead."""
+    if json and follow:
+        fail("--json shows what there is; leave out --follow.")
+    with _client(url) as client, client.logs(alias, tail=tail, follow=follow) as pieces:
+        if json:
+            _print_json({"alias": alias, "lines": "".join(pieces).splitlines()})
+            return
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
+def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:
+    environ = dict(os.environ)
+    environ.setdefault("MODELPOOL_RUN_ID", secrets.token_hex(8))
+    try:
+        return load(environ, file=config, flags=flags)
+    except SettingsError as error:
+        fail(f"{error}.", "docs/operations.md lists the settings.", code=2)
+
+
+@contextmanager
+def _client(url: str | None) -> Iterator[PoolClient]:
+    client = PoolClient(_settings(None, {}), url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _wait(client: PoolClient, alias: str, console: Console | None) -> ModelView:
+    """The model once it is ACTIVE or its start has failed, telling on the way what it is at."""
+    shown = ""
+    while True:
+        view = client.model(alias)
+        if view.state is InstanceState.ACTIVE or any(each.failures for each in view.instances):
+            return view
+        progress = [progress_text(each.progress) for each in view.instances if each.progress]
+        now = f"{view.state}: {progress[0] if progress else view.reason}"
+        if console is not None and now != shown:
+            console.print(f"[dim]{alias}: {now}[/]", highlight=False)
+            shown = now
+        time.sleep(_POLL_S)
+
+
+def _body_from(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except OSError as error:
+        fail(f"{file} cannot be read: {error.strerror}.")
+    except msgspec.DecodeError as error:
+        fail(f"{file} is not a JSON object: {error}.")
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as JSON where it is JSON, else as text."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        fail(f"{text!r} is not of the form name=value.", code=2)
+    try:
+        return name, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return name, value
+
+
+def _print(value: object, as_json: bool, shown: Callable[[], Any]) -> None:
+    if as_json:
+        _print_json(value)
+    else:
+        Console().print(shown(), highlight=False, soft_wrap=True)
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside a group of groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,180 @@
+"""`modelpool up`: start everything, show models becoming ready, print the address, serve until interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.live import Live
+
+from modelpool import demo
+from modelpool.cli.client import PoolAddress, address_file
+from modelpool.cli.embedded import EmbeddedPool, embedded_pool
+from modelpool.cli.tables import models_table
+from modelpool.core.lifecycle import InstanceState
+from modelpool.home import Home
+from modelpool.messages.admin import ModelView, PoolStatus
+from modelpool.process import StartupError
+from modelpool.settings import Settings
+
+_POLL_S = 0.25
+_FAILURES_SHOWN = 1
+
+
+class Screen(Protocol):
+    """Where `up` shows what happens."""
+
+    def notice(self, text: str) -> None:
+        """Something to know happened."""
+
+    def progress(self, models: tuple[ModelView, ...]) -> None:
+        """How far the models are."""
+
+    def ready(self, url: str, run_id: str, models: tuple[ModelView, ...]) -> None:
+        """All is up, or as far up as it gets."""
+
+
+async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
+    """Run a pool until SIGINT or SIGTERM. Raises StartupError with a reason and what to do about it."""
+    home = Home(settings.home_path)
+    home.cluster_token()
+    home.admin_key()
+    with home.lock("up"):
+        async with embedded_pool(settings, home, screen.notice) as pool:
+            await _serve(settings, home, pool, screen, with_demo=with_demo)
+
+
+async def _serve(settings: Settings, home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo: bool) -> None:
+    address = address_file(settings)
+    address.write_bytes(msgspec.json.encode(PoolAddress(url=pool.gateway.url, run_id=settings.run_id)))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            keeping = tasks.create_task(pool.keep())
+            showing = tasks.create_task(_bring_up(home, pool, screen, with_demo=with_demo))
+            await _interrupted()
+            keeping.cancel()
+            showing.cancel()
+    finally:
+        address.unlink(missing_ok=True)
+
+
+async def _interrupted() -> None:
+    """Wait for SIGINT or SIGTERM. A second one ends the process the default way; children then end with it."""
+    loop = asyncio.get_running_loop()
+    interrupted = asyncio.Event()
+
+    def first(number: signal.Signals) -> None:
+        interrupted.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, first, number)
+    await interrupted.wait()
+
+
+async def _bring_up(home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo: bool) -> None:
+    """Register the demo model, show how far the models are, and say when they are there."""
+    transport = httpx.AsyncHTTPTransport(uds=str(home.control_socket))
+    async with httpx.AsyncClient(transport=transport, base_url="http://manager", timeout=30.0) as control:
+        if with_demo:
+            await _register_demo(control, screen)
+        while True:
+            try:
+                answer = await control.get("/admin/status")
+                status = msgspec.json.decode(answer.content, type=PoolStatus)
+            except (httpx.HTTPError, msgspec.DecodeError):
+                await asyncio.sleep(_POLL_S)  # the manager is being started again
+                continue
+            screen.progress(status.models)
+            if not status.recovering and all(_settled(model) for model in status.models):
+                screen.ready(pool.gateway.url, pool.run_id, status.models)
+                return
+            await asyncio.sleep(_POLL_S)
+
+
+def _settled(model: ModelView) -> bool:
+    """Whether waiting longer is no use: it serves, or has failed, or nothing can take it."""
+    if model.state is InstanceState.ACTIVE or any(each.failures >= _FAILURES_SHOWN for each in model.instances):
+        return True
+    return not model.instances and "no worker can take it" in model.reason
+
+
+async def _register_demo(control: httpx.AsyncClient, screen: Screen) -> None:
+    body: dict[str, Any] = demo.registration()
+    answer = await control.post("/admin/models/register", json=body)
+    if answer.status_code == 409:
+        screen.notice(f"the alias `{body['alias']}` is taken by another model; the demo model is left out")
+    elif not answer.is_success:
+        raise StartupError(f"the demo model cannot be registered: {answer.text}", "Leave it out with --no-demo.")
+
+
+class Terminal:
+    """A live table where there is a terminal, lines where there is none."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        self._shown: dict[str, str] = {}
+        self._begun = False
+
+    def close(self) -> None:
+        if self._live is not None and self._begun:
+            self._live.stop()
+            self._begun = False
+
+    def notice(self, text: str) -> None:
+        self._console.print(f"[yellow]notice:[/] {text}", highlight=False, soft_wrap=True)
+
+    def progress(self, models: tuple[ModelView, ...]) -> None:
+        if self._live is not None:
+            if not self._begun:
+                self._live.start()
+                self._begun = True
+            self._live.update(models_table(models))
+            return
+        for model in models:
+            line = f"{model.alias}: {model.state}" + (f" ({model.reason})" if model.reason else "")
+            if self._shown.get(model.alias) != line:
+                self._shown[model.alias] = line
+                self._console.print(line, highlight=False, soft_wrap=True)
+
+    def ready(self, url: str, run_id: str, models: tuple[ModelView, ...]) -> None:
+        self.close()
+        if models:
+            self._console.print(models_table(models))
+        self._console.print(f"\nModel Pool serves at [bold]{url}/v1[/] (run {run_id})", highlight=False)
+        if any(model.state is InstanceState.ACTIVE for model in models):
+            name = next(model.alias for model in models if model.state is InstanceState.ACTIVE)
+            self._console.print(f"Talk to a model:  modelpool chat {name}", highlight=False)
+        self._console.print("Ctrl-C ends it.", highlight=False)
+
+
+class JsonLines:
+    """One JSON object a line: `notice`, `progress` when a state changes, `ready` with the address."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._states: dict[str, str] = {}
+
+    def close(self) -> None:
+        pass
+
+    def notice(self, text: str) -> None:
+        self._put(event="notice", message=text)
+
+    def progress(self, models: tuple[ModelView, ...]) -> None:
+        states = {model.alias: str(model.state) for model in models}
+        if states != self._states:
+            self._states = states
+            self._put(event="progress", models=states)
+
+    def ready(self, url: str, run_id: str, models: tuple[ModelView, ...]) -> None:
+        self._put(event="ready", url=url, run_id=run_id, models=models)
+
+    def _put(self, **fields: Any) -> None:
+        self._write(msgspec.json.encode(fields).decode())

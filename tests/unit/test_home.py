@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from modelpool.home import AlreadyRunning, Home
+
+
+def test_secrets_are_made_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    with ThreadPoolExecutor(8) as threads:
+        keys = set(threads.map(lambda _: Home(tmp_path / "home").admin_key(), range(32)))
+    assert keys == {home.admin_key()}
+    assert home.admin_key() != home.cluster_token()
+    assert stat.S_IMODE((home.path / "admin-key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
+    assert sorted(path.name for path in home.path.iterdir()) == ["admin-key", "cluster-token", "logs", "run"]
+
+
+def test_a_lock_is_held_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with home.lock("up"), pytest.raises(AlreadyRunning, match="up is already running"), home.lock("up"):
+        pass
+    with home.lock("up"), home.lock("worker-1"):
+        pass
+
+
+def test_the_control_socket_of_a_deep_home_still_fits(tmp_path: Path) -> None:
+    deep = Home(tmp_path / ("d" * 120))
+    assert len(str(deep.control_socket)) < 108
+    assert deep.control_socket == Home(tmp_path / ("d" * 120)).control_socket
+    assert deep.control_socket != Home(tmp_path / ("e" * 120)).control_socket
+    assert Home(tmp_path).control_socket.parent == tmp_path / "run" or len(str(tmp_path)) > 80
+
+
+def test_an_alias_with_a_slash_is_one_log_file(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert home.instance_log("w/1", "org/model").relative_to(home.logs).parts == (
+        "instances",
+        "w%2F1",
+        "org%2Fmodel.log",
+    )

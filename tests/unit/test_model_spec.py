@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from modelpool.errors import InvalidBody, InvalidRequest
+from modelpool.messages.models import ModelSpec, decode_body
+
+
+def refused(body: bytes) -> InvalidBody:
+    with pytest.raises(InvalidBody) as caught:
+        decode_body(body, ModelSpec)
+    return caught.value
+
+
+def test_the_two_ways_to_ask_for_the_fake_engine_are_the_same_model() -> None:
+    one = decode_body(b'{"alias":"a","fake":true}', ModelSpec)
+    assert one == decode_body(b'{"alias":"a","engine":"fake"}', ModelSpec)
+    assert decode_body(msgspec.json.encode(one), ModelSpec) == one
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        (b"{}", "alias", "missing required field `alias`"),
+        (b"[]", None, "Expected `object`"),
+        (b'{"alias":"a"}', "model_name", "required"),
+        (b'{"alias":"a","model_name":"m","max_model_len":"8"}', "max_model_len", 'got "8"'),
+        (b'{"alias":"a","model_name":"m","gpu_memory_utilization":1.5}', "gpu_memory_utilization", "<= 1.0, got 1.5"),
+        (b'{"alias":"a","model_name":"m","gpu_memory_gb":1,"gpu_memory_utilization":0.5}', "gpu_memory_gb", "not both"),
+        (b'{"alias":"a","model_name":"m","min_replicas":3,"max_replicas":2}', "min_replicas", "above max_replicas"),
+        (b'{"alias":"a","model_name":"m","engine_args":{"api-key":"k"}}', "engine_args.api-key", "set by the pool"),
+        (b'{"alias":"a","model_name":"m","fake_capacity":2}', "fake_capacity", "only for the fake engine"),
+        (b'{"alias":"a","engine":"trt"}', "engine", 'got "trt"'),
+        (b'{"alias":"a b","fake":true}', "alias", "'a b'"),
+        (b'{"alias":"a-r2","fake":true}', "alias", "replica"),
+        (b'{"alias":"x/v1/y","fake":true}', "alias", "v1"),
+        (b'{"alias":"","fake":true}', "alias", "length >= 1"),
+    ],
+)
+def test_a_bad_body_names_the_field_the_value_and_what_is_allowed(body: bytes, param: str | None, says: str) -> None:
+    error = refused(body)
+    assert error.param == param
+    assert says in error.message
+
+
+def test_an_unknown_field_names_the_nearest_one() -> None:
+    error = refused(b'{"alias":"a","fake":true,"fake_delay":3}')
+    assert (error.param, error.code) == ("fake_delay", "unknown_field")
+    assert "Did you mean `fake_delay_ms`?" in error.message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"{'a':1}"])
+def test_what_is_not_json_is_a_400(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        decode_body(body, ModelSpec)
+
+
+def test_a_long_value_is_not_repeated_in_full() -> None:
+    error = refused(msgspec.json.encode({"alias": 1, "model_name": "m", "x": "y" * 10_000}))
+    assert len(error.message) < 1000

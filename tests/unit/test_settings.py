@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modelpool.settings import ENVIRONMENT, Settings, SettingsError, load, to_environ
+
+
+def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "pool.yaml"
+    file.write_text("gateway: {port: 1}\nworker: {port: 1}\nmanager: {port: 1}\n")
+    settings = load({"SERVE_PORT": "2", "WORKER_PORT": "2"}, file=file, flags={"gateway.port": 3, "worker.host": None})
+    assert (settings.gateway.port, settings.worker.port, settings.manager.port) == (3, 2, 1)
+    assert settings.worker.host == "127.0.0.1"
+
+
+def test_serve_port_wins_over_its_older_name() -> None:
+    assert load({"ROUTER_PORT": "1", "SERVE_PORT": "2"}).gateway.port == 2
+    assert load({"ROUTER_PORT": "1"}).gateway.port == 1
+
+
+def test_what_a_parent_hands_to_its_children_comes_out_the_same() -> None:
+    settings = load({"MODELPOOL_INSECURE_NO_AUTH": "true", "MODEL_INSTANCE_CAPACITY": "3", "WORKER_ID": "w"})
+    assert load(to_environ(settings)) == settings
+    assert load(to_environ(Settings())) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"SERVE_PORT": "81000"}, "SERVE_PORT='81000': Expected `int` <= 65535"),
+        ({"WORKER_PORT": "x"}, "WORKER_PORT='x': Expected `int`"),
+        ({"MODELPOOL_HEARTBEAT_TIMEOUT": "0"}, "> 0"),
+    ],
+)
+def test_a_bad_variable_is_named_with_its_value(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(SettingsError, match=says.replace("(", r"\(")):
+        load(environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("worker: {prot: 1}", "unknown field `prot`"), ("worker: {port: x}", r"worker.port"), ("a: [", "pool.yaml")],
+)
+def test_a_bad_file_is_named_with_the_path_of_the_value(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "pool.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=says):
+        load({"MODELPOOL_CONFIG": str(file)})
+
+
+def test_every_variable_reaches_a_setting() -> None:
+    given = {name: "1" for name, _ in ENVIRONMENT} | {"MODELPOOL_MAX_BODY_BYTES": "4096"}
+    assert set(to_environ(load(given))) == set(given)
