@@ -23,7 +23,7 @@ from modelpool.messages.models import ModelSpec
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
-    """Fork a host. The packet carries the descriptor of its control socket."""
+    """Fork a host. The packet carries the descriptor of its control socket, which ends if there can be no fork."""
 
     instance: str
 
@@ -51,10 +51,13 @@ class Forked(msgspec.Struct, frozen=True, tag="forked"):
 
 
 class Exited(msgspec.Struct, frozen=True, tag="exited"):
-    """A host ended and its process group was killed. `status` as in `os.waitstatus_to_exitcode` (-9: SIGKILL)."""
+    """A host ended and its process group was killed. `status` as in `os.waitstatus_to_exitcode` (-9: SIGKILL).
+
+    None for an adopted host: only a parent learns the status.
+    """
 
     pid: int
-    status: int
+    status: int | None
 
 
 ToForkserver = Fork | Adopt

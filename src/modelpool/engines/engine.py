@@ -1,0 +1,100 @@
+"""The port between a host and what generates tokens.
+
+An engine kind is a package `modelpool.engines.<kind>` that offers the functions of `EngineModule`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Protocol, cast
+
+import msgspec
+
+from modelpool.messages.engine import HostSpec
+from modelpool.messages.models import EngineKind
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+Phase = Callable[[str], None]
+
+
+class NotForkable(Exception):
+    """The imports left the process in a state that must not be forked (threads, a device context)."""
+
+
+class NotInstalled(Exception):
+    """The engine is not installed, as against broken. The text says how to install it."""
+
+
+class LoadError(Exception):
+    """The model cannot be loaded. The text is the real reason, one or two lines for people."""
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an engine once its model is loaded. `capacity`: requests it runs at once."""
+
+    capacity: int
+    max_model_len: int | None = None
+    num_gpu_blocks: int | None = None
+    block_size: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's own view of its load. `kv_cache_usage` is 0 to 1."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float | None = None
+
+
+class Engine(Protocol):
+    """A model that is loaded.
+
+    loaded    `facts` and `stats()` answer. Nothing of asyncio exists yet.
+    started   `app` answers requests; `dead()` waits.
+    dead      `dead()` has returned why; `app` fails its requests rather than leaving them hanging.
+    closed    no process, thread or shared memory of the engine is left.
+
+    `close()` is allowed in every state, more than once, outside the event loop only.
+    """
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def stats(self) -> Stats: ...
+
+    async def start(self) -> ASGIApp:
+        """Start serving in the running loop. Returns the app, whose lifespan the caller runs. Raises LoadError."""
+
+    async def dead(self) -> str:
+        """Return why the engine can no longer work; never return while it can."""
+
+    def close(self) -> None:
+        """End the engine and all below it, within 10 s, whatever state it is in."""
+
+
+class EngineModule(Protocol):
+    """The functions an engine's package has at its top. Importing the package itself imports nothing heavy."""
+
+    def preload(self) -> None:
+        """Import all that a host will need. Runs once, in the forkserver. Raises NotInstalled, NotForkable."""
+
+    def load(self, spec: HostSpec, phase: Phase) -> Engine:
+        """Load the model, in a process that has no loop and one thread. Blocks. Raises LoadError."""
+
+
+def engine_module(kind: EngineKind) -> EngineModule:
+    return cast(EngineModule, importlib.import_module(f"modelpool.engines.{kind.value}"))
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a single line: its type and the first line of its text."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

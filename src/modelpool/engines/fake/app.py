@@ -1,0 +1,306 @@
+"""The fake engine's HTTP surface: vLLM's routes, its answers, and its errors."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import struct
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from modelpool.engines.engine import Receive, Scope, Send
+from modelpool.engines.fake import answers
+from modelpool.engines.fake.behaviour import Behaviour, InvalidHeader, behaviour
+from modelpool.engines.fake.exchange import (
+    ClientLeft,
+    Exchange,
+    Refused,
+    bad_request,
+    read_body,
+    unless_client_leaves,
+)
+from modelpool.engines.fake.requests import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
+from modelpool.engines.fake.text import detokenized, generation, token_id, tokens
+from modelpool.errors import InvalidBody, InvalidRequest
+
+if TYPE_CHECKING:
+    from modelpool.engines.fake.engine import FakeEngine
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+# vLLM's default for plain completions.
+_COMPLETION_TOKENS = 16
+_DIMENSIONS = 16
+
+
+class FakeApp:
+    """An ASGI app over a FakeEngine."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._model = engine.model
+        self._created = int(time.time())
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/health": {"GET": self._health},
+            "/metrics": {"GET": self._metrics},
+            "/v1/models": {"GET": self._models},
+            "/v1/chat/completions": {"POST": self._chat},
+            "/v1/completions": {"POST": self._completion},
+            "/v1/responses": {"POST": self._response},
+            "/v1/embeddings": {"POST": self._embeddings},
+            "/tokenize": {"POST": self._tokenize},
+            "/detokenize": {"POST": self._detokenize},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            try:
+                exchange = Exchange(scope, await read_body(receive), send)
+            except ClientLeft:
+                return
+            await unless_client_leaves(self._serve(exchange), receive)
+
+    async def _serve(self, exchange: Exchange) -> None:
+        try:
+            await self._route(exchange)(exchange)
+        except Refused as error:
+            await exchange.refuse(error)
+        except (InvalidRequest, InvalidBody) as error:
+            await exchange.refuse(bad_request(error.message, error.param))
+        except InvalidHeader as error:
+            await exchange.refuse(bad_request(str(error)))
+
+    def _route(self, exchange: Exchange) -> Handler:
+        methods = self._routes.get(exchange.scope["path"])
+        if methods is None:
+            raise Refused(404, "Not Found", "Not Found")
+        if (handler := methods.get(exchange.scope["method"])) is None:
+            raise Refused(405, "Method Not Allowed", "Method Not Allowed")
+        return handler
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model.alias:
+            raise Refused(404, "NotFoundError", f"The model `{name}` does not exist.", "model")
+
+    def _behaviour(self, exchange: Exchange) -> Behaviour:
+        return behaviour(self._model, exchange.scope["headers"])
+
+    def _budget(self, prompt_tokens: int, asked: int | None) -> int:
+        """How many tokens may be generated. Raises Refused where prompt and answer exceed the context."""
+        limit = self._engine.facts.max_model_len or 0
+        if prompt_tokens + (asked or 1) > limit:
+            raise bad_request(
+                f"This model's maximum context length is {limit} tokens. However, you requested {asked or 1} output "
+                f"tokens and your prompt contains {prompt_tokens} input tokens.",
+                "input_tokens",
+            )
+        return asked or limit - prompt_tokens
+
+    def _said(self, prompt: str) -> str:
+        return f"You said: {prompt}" if self._model.fake_response is None else self._model.fake_response
+
+    async def _chat(self, exchange: Exchange) -> None:
+        request = exchange.decoded(ChatRequest)
+        self._check_model(request.model)
+        if not request.messages:
+            raise bad_request("`messages` must not be empty.", "messages")
+        how = self._behaviour(exchange)
+        prompt_tokens = _chat_tokens(request.messages)
+        made = generation(
+            self._said(request.messages[-1].text),
+            max_tokens=self._budget(prompt_tokens, request.max_completion_tokens or request.max_tokens),
+            exactly=how.tokens,
+            ignore_eos=request.ignore_eos,
+            stop=request.stops,
+        )
+        answer = answers.Chat(
+            f"chatcmpl-{uuid.uuid4().hex}", self._model.alias, [made] * (request.n or 1), prompt_tokens
+        )
+        await self._answer(exchange, answer, how, bool(request.stream), _wants_usage(request))
+
+    async def _completion(self, exchange: Exchange) -> None:
+        request = exchange.decoded(CompletionRequest)
+        self._check_model(request.model)
+        how = self._behaviour(exchange)
+        prompts = _prompts(request.prompt, "prompt")
+        made, prompt_tokens = [], 0
+        for prompt in prompts:
+            prompt_tokens += (count := len(tokens(prompt)))
+            made += [
+                generation(
+                    self._said(prompt),
+                    max_tokens=self._budget(count, request.max_tokens or _COMPLETION_TOKENS),
+                    exactly=how.tokens,
+                    ignore_eos=request.ignore_eos,
+                    stop=request.stops,
+                )
+            ] * (request.n or 1)
+        answer = answers.Completion(f"cmpl-{uuid.uuid4().hex}", self._model.alias, made, prompt_tokens)
+        await self._answer(exchange, answer, how, bool(request.stream), _wants_usage(request))
+
+    async def _response(self, exchange: Exchange) -> None:
+        request = exchange.decoded(ResponsesRequest)
+        self._check_model(request.model)
+        messages = request.messages
+        if not messages:
+            raise bad_request("`input` must hold a message.", "input")
+        how = self._behaviour(exchange)
+        prompt_tokens = _chat_tokens(messages)
+        budget = self._budget(prompt_tokens, request.max_output_tokens)
+        made = generation(self._said(messages[-1].text), max_tokens=budget, exactly=how.tokens)
+        answer = answers.Response(f"resp_{uuid.uuid4().hex}", self._model.alias, [made], prompt_tokens)
+        await self._answer(exchange, answer, how, bool(request.stream), usage=True)
+
+    async def _answer(
+        self, exchange: Exchange, answer: answers.Answer, how: Behaviour, stream: bool, usage: bool
+    ) -> None:
+        """Generate all choices side by side, token by token, as one sequence in one slot."""
+        longest = max(len(choice.tokens) for choice in answer.choices)
+        async with aclosing(self._engine.generate(longest, how)) as steps:
+            async for step in steps:
+                if stream:
+                    for name, event in answer.events(step):
+                        await exchange.event(event, name)
+        if not stream:
+            await exchange.json(answer.body())
+            return
+        for name, event in answer.last_events(usage):
+            await exchange.event(event, name)
+        await exchange.end_events()
+
+    async def _embeddings(self, exchange: Exchange) -> None:
+        request = exchange.decoded(EmbeddingRequest)
+        self._check_model(request.model)
+        if request.encoding_format not in ("float", "base64"):
+            raise bad_request("`encoding_format` must be float or base64.", "encoding_format")
+        inputs = _prompts(request.input, "input")
+        async with aclosing(self._engine.generate(1, self._behaviour(exchange))) as steps:
+            async for _ in steps:
+                pass
+        vectors = [_embedding(text, request.dimensions or _DIMENSIONS) for text in inputs]
+        used = sum(len(tokens(text)) for text in inputs)
+        await exchange.json(
+            {
+                "id": f"embd-{uuid.uuid4().hex}",
+                "object": "list",
+                "created": int(time.time()),
+                "model": self._model.alias,
+                "data": [
+                    {
+                        "index": index,
+                        "object": "embedding",
+                        "embedding": _base64(vector) if request.encoding_format == "base64" else vector,
+                    }
+                    for index, vector in enumerate(vectors)
+                ],
+                "usage": {
+                    "prompt_tokens": used,
+                    "total_tokens": used,
+                    "completion_tokens": 0,
+                    "prompt_tokens_details": None,
+                },
+            }
+        )
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        request = exchange.decoded(TokenizeRequest)
+        self._check_model(request.model)
+        if request.prompt is None and request.messages is None:
+            raise bad_request("Give `prompt` or `messages`.", "prompt")
+        text = _chat_text(request.messages) if request.messages is not None else request.prompt or ""
+        ids = [token_id(token) for token in tokens(text)]
+        limit = self._engine.facts.max_model_len
+        await exchange.json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None})
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        request = exchange.decoded(DetokenizeRequest)
+        self._check_model(request.model)
+        await exchange.json({"prompt": detokenized(request.tokens)})
+
+    async def _models(self, exchange: Exchange) -> None:
+        card = {
+            "id": self._model.alias,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "vllm",
+            "root": self._model.model_name or self._model.alias,
+            "parent": None,
+            "max_model_len": self._engine.facts.max_model_len,
+        }
+        await exchange.json({"object": "list", "data": [card]})
+
+    async def _health(self, exchange: Exchange) -> None:
+        await exchange.text("")
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        stats = self._engine.stats()
+        gauges = {
+            "num_requests_running": stats.running,
+            "num_requests_waiting": stats.waiting,
+            "kv_cache_usage_perc": stats.kv_cache_usage,
+        }
+        lines = [
+            f'# TYPE vllm:{name} gauge\nvllm:{name}{{engine="0",model_name="{self._model.alias}"}} {value}\n'
+            for name, value in gauges.items()
+        ]
+        await exchange.text("".join(lines), b"text/plain; version=0.0.4; charset=utf-8")
+
+
+def _wants_usage(request: ChatRequest | CompletionRequest) -> bool:
+    return request.stream_options is not None and request.stream_options.include_usage
+
+
+def _chat_text(messages: list[ChatMessage]) -> str:
+    return "".join(f"{message.role}: {message.text}\n" for message in messages)
+
+
+def _chat_tokens(messages: list[ChatMessage]) -> int:
+    return len(tokens(_chat_text(messages)))
+
+
+def _prompts(prompt: str | list[Any], param: str) -> list[str]:
+    """A prompt in any of its four shapes, as texts: text, texts, token ids, lists of token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and all(isinstance(item, str) for item in prompt):
+        return prompt
+    if prompt and all(isinstance(item, int) for item in prompt):
+        return [detokenized(prompt)]
+    if prompt and all(isinstance(item, list) and all(isinstance(number, int) for number in item) for item in prompt):
+        return [detokenized(item) for item in prompt]
+    raise bad_request(f"`{param}` must be a text, texts, token ids, or lists of token ids.", param)
+
+
+def _embedding(text: str, dimensions: int) -> list[float]:
+    """A unit vector that depends on the text alone."""
+    stream = hashlib.shake_256(text.encode()).digest(4 * dimensions)
+    raw = [number / 2**31 - 1 for (number,) in struct.iter_unpack("<I", stream)]
+    norm = sum(value * value for value in raw) ** 0.5 or 1.0
+    return [value / norm for value in raw]
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

@@ -1,0 +1,85 @@
+"""The bodies that the fake engine understands. Fields it has no use for are let through, as vLLM does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+Prompt = str | list[Any]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = False
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """What chat and plain completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = 1
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part["text"] for part in self.content if isinstance(part.get("text"), str))
+        return self.content or ""
+
+
+class ChatRequest(Sampling, frozen=True, kw_only=True):
+    messages: list[ChatMessage]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+
+class CompletionRequest(Sampling, frozen=True, kw_only=True):
+    prompt: Prompt
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    input: Prompt
+    model: str | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    encoding_format: str = "float"
+
+
+class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    stream: bool | None = False
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        head = [ChatMessage(role="system", content=self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*head, ChatMessage(role="user", content=self.input)]
+        return [*head, *msgspec.convert([item for item in self.input if "role" in item], list[ChatMessage])]
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    tokens: list[Annotated[int, Meta(ge=0)]]
+    model: str | None = None
