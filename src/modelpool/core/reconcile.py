@@ -113,10 +113,11 @@ def _fill(pool: Pool, model: Model, instances: list[Instance], now: float, effec
         unheard = not instance.acknowledged and _due(instance.ordered_at, ORDER_RETRY_S, now)
         if retry or unheard:
             pool = _start(pool, instance, now, effects)
-    taken = {each.instance for each in instances}
+    ending = {each.instance for each in instances if each.stopping and _alive(pool, each)}
+    taken = {each.instance for each in instances} - ending
     for _ in range(len(usable), wanted):
         name = free_name(model.alias, taken)
-        if any(each.instance == name and each.stopping for each in instances):
+        if name in ending:
             return pool, "waits for its former instance to end"
         choice = place(_need(model), _candidates(pool, model))
         if isinstance(choice, Refusal):
