@@ -1,0 +1,38 @@
+# Every target sets up what it needs; the second time that costs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The ordinary vLLM where there is an NVIDIA driver, the CPU build elsewhere.
+ENGINE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.ready-$(ENGINE)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test check soak bench clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements/$(ENGINE).lock pyproject.toml scripts/setup.sh
+	PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV) $(ENGINE)
+	@touch $@
+
+demo: setup
+	@$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m "not soak" --durations=15
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: setup
+	$(BIN)/python -m pytest -m soak --timeout 3600
+
+bench: setup
+	$(BIN)/python -m benchmarks.gateway
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
