@@ -24,6 +24,7 @@ from modelpool.settings import Settings
 
 _POLL_S = 0.25
 _FAILURES_SHOWN = 1
+_DEMO_GB = 2.0
 
 
 class Screen(Protocol):
@@ -105,11 +106,24 @@ def _settled(model: ModelView) -> bool:
 
 
 async def _register_demo(control: httpx.AsyncClient, screen: Screen) -> None:
-    body: dict[str, Any] = demo.registration()
+    """Register the demo model; one that another version or checkout registered in this home is replaced."""
+    body = {
+        "alias": demo.ALIAS,
+        "model_name": str(demo.model_path()),
+        "max_model_len": demo.MAX_MODEL_LEN,
+        "gpu_memory_gb": _DEMO_GB,
+        "engine_args": demo.engine_args(),
+    }
     answer = await control.post("/admin/models/register", json=body)
     if answer.status_code == 409:
-        screen.notice(f"the alias `{body['alias']}` is taken by another model; the demo model is left out")
-    elif not answer.is_success:
+        path = f"/admin/models/{demo.ALIAS}"
+        registered = msgspec.json.decode((await control.get(path)).content, type=ModelView)
+        if not registered.spec.model_name.endswith("modelpool/demo/model"):
+            screen.notice(f"the alias `{demo.ALIAS}` is taken by another model; the demo model is left out")
+            return
+        await control.delete(path)
+        answer = await control.post("/admin/models/register", json=body)
+    if not answer.is_success:
         raise StartupError(f"the demo model cannot be registered: {answer.text}", "Leave it out with --no-demo.")
 
 
