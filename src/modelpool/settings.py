@@ -56,6 +56,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Where the manager and the gateways reach this worker, when not at its own address. Proxies everything."""
     port_range: str = ""
     """`low-high`: ports for engine hosts. Empty: any."""
+    engines: str = "vllm,fake"
+    """The engine kinds it offers, by comma. Their imports begin with the worker, where they are installed."""
     fake_devices: str = ""
     """`COUNTxGB`, such as `4x80`: declare this many GPUs instead of looking for devices. For tests."""
     heartbeat_interval_s: Seconds = 5.0
@@ -120,6 +122,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MANAGER_URL", "worker.manager_url"),
     ("PUBLIC_URL", "worker.public_url"),
     ("WORKER_PORT_RANGE", "worker.port_range"),
+    ("MODELPOOL_ENGINES", "worker.engines"),
     ("MODELPOOL_FAKE_DEVICES", "worker.fake_devices"),
     ("MODELPOOL_HEARTBEAT_INTERVAL", "worker.heartbeat_interval_s"),
     ("MODELPOOL_FETCH_TIMEOUT", "worker.fetch_timeout_s"),
