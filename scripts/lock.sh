@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 engine=$1 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 python=${PYTHON:-.venv/bin/python}
+# A wheel of torch's CPU build found on this machine must not end up in the GPU's lock.
+[ "$engine" = cpu ] || export PIP_FIND_LINKS=/nonexistent
 "$python" -m pip install --quiet --dry-run --ignore-installed --report "$report" ".[$engine,dev]"
 "$python" - "$report" "$engine" > "requirements/$engine.lock" <<'PY'
 import json, re, sys

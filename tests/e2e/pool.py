@@ -30,9 +30,7 @@ class PoolProcess:
         self.run_id = run_id
         self.url = url
         key = (home / "admin-key").read_text().strip()
-        self.http = httpx.Client(
-            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False
-        )
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False)
 
     @property
     def token(self) -> str:
