@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.pool import Instance, Model, Pool, Worker
+from modelpool.manager.views import Known, WorkerFacts, entry, instances_by_alias, model_view
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.routing import ModelEntry, Route
+from modelpool.messages.workers import Address, InstanceReport, Progress, WorkerInfo
+
+S = InstanceState
+SPEC = ModelSpec(alias="m", fake=True)
+
+
+def known(
+    *instances: Instance, alive: bool = True, url: str = "http://w:7000", direct: bool = True, **pool: object
+) -> Known:
+    reports = {
+        each.instance: InstanceReport(
+            instance=each.instance,
+            model=SPEC,
+            state=each.state,
+            address=Address("10.0.0.1", 4000),
+            capacity=4,
+            progress=Progress(phase="load") if each.state is S.STARTING else None,
+        )
+        for each in instances
+    }
+    worker = Worker(worker_id="w", incarnation="1", alive=alive, reason="" if alive else "its process has ended")
+    return Known(
+        pool=Pool(
+            models={"m": Model(alias="m", key="k", engine="fake", created=7)},
+            workers={"w": worker},
+            instances={("w", each.instance): each for each in instances},
+            **pool,  # type: ignore[arg-type]
+        ),
+        specs={"m": SPEC},
+        facts={
+            "w": WorkerFacts(info=WorkerInfo(worker_id="w", incarnation="1", url=url, direct=direct), reports=reports)
+        },
+        now=100.0,
+    )
+
+
+def instance(name: str = "m", state: S = S.ACTIVE, **fields: object) -> Instance:
+    return Instance(instance=name, alias="m", key="k", worker_id="w", state=state, **fields)  # type: ignore[arg-type]
+
+
+def seen(known_: Known) -> ModelEntry:
+    return entry(known_, "m", instances_by_alias(known_.pool)["m"])
+
+
+def unavailable(known_: Known) -> tuple[str, str, float]:
+    what = seen(known_).unavailable
+    assert what is not None
+    return what.code, what.message, what.retry_after
+
+
+def test_active_instances_are_routes_and_those_that_end_are_not() -> None:
+    view = seen(known(instance(), instance("m-r2", stopping=True), instance("m-r3", S.STARTING)))
+    assert view.routes == (Route(instance="m", worker_id="w", host="10.0.0.1", port=4000, capacity=4),)
+    assert view.unavailable is None
+
+
+def test_a_worker_behind_a_public_url_is_reached_through_its_proxy() -> None:
+    view = seen(known(instance(), url="http://edge:80/w1/", direct=False))
+    assert view.routes[0].host == "edge"
+    assert view.routes[0].port == 80
+    assert view.routes[0].prefix == "/w1/proxy/m"
+
+
+def test_a_starting_model_says_where_and_how_far_and_when_to_come_back() -> None:
+    code, message, wait = unavailable(known(instance(state=S.STARTING, starting_since=97.0), start_seconds={"m": 8.0}))
+    assert code == "model_not_ready"
+    assert "it is starting on w (load)" in message
+    assert wait == 5.0
+
+
+def test_a_failed_model_gives_its_real_reason() -> None:
+    failed = instance(state=S.FAILED, reason="no such file.", failures=3, retry_at=104.0)
+    code, message, wait = unavailable(known(failed, start_seconds={"m": 1.0}))
+    assert code == "model_not_ready"
+    assert "it failed 3 times on w: no such file; it will be tried again" in message
+    assert wait == 5.0
+
+
+def test_without_a_worker_or_room_no_worker_is_available() -> None:
+    assert unavailable(known(alive=False))[0] == "no_available_worker"
+    assert "w: its process has ended" in unavailable(known(alive=False))[1]
+    code, message, _ = unavailable(known(shortages={"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"}))
+    assert code == "no_available_worker"
+    assert "no worker can take it: w: needs 8.0 GB" in message
+
+
+def test_a_model_is_as_awake_as_the_best_of_its_instances() -> None:
+    def state(*instances: Instance) -> S:
+        view = known(*instances)
+        return model_view(view, "m", instances_by_alias(view.pool)["m"]).state
+
+    assert state() is S.UNLOADED
+    assert state(instance(state=S.FAILED), instance("m-r2", S.STARTING)) is S.STARTING
+    assert state(instance(state=S.FAILED), instance("m-r2")) is S.ACTIVE
