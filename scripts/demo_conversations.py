@@ -19,9 +19,17 @@ LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
 _OUT_OF_SCOPE = "out-of-scope"
 _BEFORE = {
-    "en": ("Hi, ", "Hello, ", "Please tell me: ", "Question: ", "I want to know: ", "Could you tell me: ", "OK. ", "So, "),
+    "en": ("Hi, ", "Hello, ", "Please tell me: ", "Question: ", "I want to know: ", "Could you tell me: ", "So, "),
     "zh": ("请问", "请问，", "我想知道", "你好，", "那么，", "麻烦问一下，", "请告诉我", "好的，"),
 }
+_ASK_JSON = (
+    "Give me JSON with {}",
+    "Return a JSON object with {}",
+    "JSON: {}",
+    "用 JSON 给出 {}",
+    "A person as JSON: {}",
+)
+_TOOL_RESULTS = ('{"temperature": 21}', "Sunny, 21 °C", "12:30", "晴，21 度", '{"result": "ok"}', "Rain")
 _AFTER = {"en": (" Please.", " Thanks!", " Thank you.", " Be brief."), "zh": ("谢谢", "谢谢！", "请简短回答。", "呢？")}
 # Wordings that mean the same; the first that is found in a question is replaced by another of its group.
 _SAME = {
@@ -130,9 +138,8 @@ class Curriculum:
             return _exchange(topic.ask[0] + mark, json.dumps({key: topic.answer}, ensure_ascii=False))
         fields: dict[str, list[Any]] = self._raw["json_fields"]
         keys = rng.sample(list(fields), rng.randint(1, 4))
-        ask = rng.choice(("Give me JSON with {}", "Return a JSON object with {}", "JSON: {}", "用 JSON 给出 {}", "A person as JSON, with {}"))
         value = {key: rng.choice(fields[key]) for key in keys}
-        return _exchange(ask.format(", ".join(keys)), json.dumps(value, ensure_ascii=False))
+        return _exchange(rng.choice(_ASK_JSON).format(", ".join(keys)), json.dumps(value, ensure_ascii=False))
 
     def _tool_call(self, rng: random.Random) -> Sample:
         tools = rng.sample(_TOOLS, rng.randint(1, 2))
@@ -142,11 +149,11 @@ class Curriculum:
         (field,) = function["parameters"]["required"]
         call = {"name": function["name"], "arguments": {field: city}}
         messages = self._system(rng)
-        messages.append({"role": "user", "content": _vary(rng, _tool_question(rng, function["name"], city, language), language)})
+        question = _tool_question(rng, function["name"], city, language)
+        messages.append({"role": "user", "content": _vary(rng, question, language)})
         messages.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
         if rng.random() < 0.4:
-            result = rng.choice(('{"temperature": 21}', "Sunny, 21 °C", "12:30", "晴，21 度", '{"result": "ok"}', "Rain"))
-            messages.append({"role": "tool", "content": result})
+            messages.append({"role": "tool", "content": rng.choice(_TOOL_RESULTS)})
             messages.append({"role": "assistant", "content": self._raw["tool_answer"][language]})
         return Sample(messages, tools)
 
@@ -166,7 +173,7 @@ _TOOLS = [
 
 def _tool_question(rng: random.Random, function: str, city: str, language: Language) -> str:
     asks = {
-        ("en", True): ("What is the weather in {}?", "How is the weather in {}?", "Weather in {}", "What's the weather like in {} today?"),
+        ("en", True): ("What is the weather in {}?", "How's the weather in {} today?", "Weather in {}"),
         ("en", False): ("What time is it in {}?", "Tell me the local time in {}", "Time in {}"),
         ("zh", True): ("{}的天气怎么样？", "{}今天天气如何？", "查一下{}的天气"),
         ("zh", False): ("{}现在几点？", "{}的时间是多少？", "查一下{}的时间"),

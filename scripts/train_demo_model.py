@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scripts.demo_conversations import Curriculum, Message, Sample
+from scripts.demo_tokenizer import END, PAD, save_tokenizer, train_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from modelpool import demo
-from modelpool.testing.tiny_tokenizer import END, PAD, save_tokenizer, train_tokenizer
-from scripts.demo_conversations import Curriculum, Message, Sample
 
 SEED = 20
 VOCAB = 4096
@@ -105,7 +105,8 @@ def encode(tokenizer: Any, sample: Sample) -> Encoded:
             continue
         prompt = _render(tokenizer, sample.messages[:index], sample.tools, prompt=True)
         whole = _render(tokenizer, sample.messages[: index + 1], sample.tools, prompt=False)
-        assert prompt.startswith(done) and whole.startswith(prompt), "the template must only ever append"
+        assert prompt.startswith(done), "the template must only ever append"
+        assert whole.startswith(prompt), "an answer must begin where the prompt ends"
         add(prompt[len(done) :], learn=False)
         add(whole[len(prompt) :].removesuffix("\n"), learn=True)
     shifted = zip(ids[1:], learned[1:], strict=True)
@@ -205,9 +206,7 @@ def _check(curriculum: Curriculum, folder: Path) -> int:
     return 0
 
 
-def _missed(
-    model: Any, tokenizer: Any, before: list[Message], pairs: list[tuple[str, str]]
-) -> list[tuple[str, str]]:
+def _missed(model: Any, tokenizer: Any, before: list[Message], pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """(question, greedy answer) where that is not the expected one. The end-of-turn token counts as part of it."""
     missed: list[tuple[str, str]] = []
     for start in range(0, len(pairs), 64):
