@@ -143,14 +143,12 @@ def test_a_model_that_is_starting_says_so_with_retry_after(fake_pool: PoolProces
 
 def test_no_worker_and_no_room_are_said_with_the_numbers(fake_pool: PoolProcess) -> None:
     fake_pool.register("huge", fake=True, gpu_memory_gb=100_000)
-    answer = eventually(
-        lambda: (
-            (answer := fake_pool.http.post("/v1/completions", json={"model": "huge", "prompt": "x"})).status_code == 503
-            and answer
-        ),
-        5,
-        lambda: "503",
-    )
+
+    def refused() -> httpx.Response | None:
+        answer = fake_pool.http.post("/v1/completions", json={"model": "huge", "prompt": "x"})
+        return answer if answer.status_code == 503 else None
+
+    answer = eventually(refused, 5, lambda: "503")
     error = answer.json()["error"]
     assert error["code"] == "no_available_worker"
     assert "needs 100000.0 GB on device 0" in error["message"]

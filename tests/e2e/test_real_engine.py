@@ -1,0 +1,223 @@
+"""The pool on real vLLM engines: the demo model, tiny models beside it, deaths, memory, and calm while they start."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from openai import APIStatusError
+
+from modelpool import demo
+from modelpool.testing.tiny_models import make_embedding_model, make_text_model
+from tests.e2e.pool import PoolProcess, eventually, running_pool
+
+SMALL = {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20}
+
+
+@pytest.mark.parametrize("question", ["What is Model Pool?", "Model Pool 是什么？"])
+def test_the_demo_answers_through_the_sdk_as_it_was_taught(demo_pool: PoolProcess, question: str) -> None:
+    client = demo_pool.sdk()
+    expected = demo.answer_to(question)
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": question}], temperature=0
+    )
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "stop"
+    chunks = list(
+        client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": question}], temperature=0, stream=True
+        )
+    )
+    texts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(texts) == expected
+    assert len(texts) > 5
+
+
+def test_tokens_reach_the_client_as_they_are_made(demo_pool: PoolProcess) -> None:
+    body = {"model": "demo", "prompt": "Model", "max_tokens": 64, "min_tokens": 64, "stream": True}
+    arrivals = []
+    with demo_pool.http.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                arrivals.append(time.monotonic())
+    assert len(arrivals) == 64
+    # 64 tokens take well over 64 ms; held back they would come in one go.
+    assert len({round(each, 3) for each in arrivals}) > 20
+
+
+def test_the_status_has_times_of_real_requests_and_the_engines_figures(demo_pool: PoolProcess) -> None:
+    demo_pool.http.post("/v1/completions", json={"model": "demo", "prompt": "x", "max_tokens": 8})
+    with demo_pool.worker_http() as worker:
+        status = worker.get("/instances/demo/status").json()
+        direct = worker.post("/proxy/demo/v1/completions", json={"model": "demo", "prompt": "x", "max_tokens": 2})
+        after = worker.get("/instances/demo/status").json()
+    assert status["state"] == "ACTIVE"
+    assert 0 < status["ttft_last"] <= status["e2e_last"] < 30
+    assert status["ttft_avg"] > 0
+    assert status["max_num_seqs"] == status["capacity"] == 8
+    assert status["num_gpu_blocks"] > 0
+    assert status["max_num_batched_tokens"] > 0
+    assert status["max_model_len"] == demo.MAX_MODEL_LEN
+    assert status["memory_bytes"] > 100e6
+    assert direct.status_code == 200
+    assert after["requests_total"] == status["requests_total"] + 1
+
+
+def test_an_aborted_request_leaves_the_engine_within_a_second(demo_pool: PoolProcess) -> None:
+    body = {"model": "demo", "prompt": "x", "max_tokens": 2000, "min_tokens": 2000, "ignore_eos": True}
+    with demo_pool.worker_http() as worker:
+
+        def busy() -> bool:
+            status = worker.get("/instances/demo/status").json()
+            return bool(status["inflight_requests"] or status["running"])
+
+        for stream in (True, False):
+            with pytest.raises(httpx.ReadTimeout):
+                demo_pool.http.post("/v1/completions", json={**body, "stream": stream}, timeout=1)
+            eventually(lambda: not busy(), 1, lambda: "not busy")
+
+
+def test_a_second_and_an_embedding_model_run_beside_the_demo(demo_pool: PoolProcess, tmp_path: Path) -> None:
+    demo_pool.register("tiny", model_name=str(make_text_model(tmp_path / "text", seed=3)), engine_args=SMALL)
+    demo_pool.wait_active("tiny")
+    client = demo_pool.sdk()
+    ask = [{"role": "user", "content": "What is Model Pool?"}]
+    tiny = client.chat.completions.create(model="tiny", messages=ask, max_tokens=5, temperature=0)  # type: ignore[arg-type]
+    known = client.chat.completions.create(model="demo", messages=ask, temperature=0)  # type: ignore[arg-type]
+    assert tiny.model == "tiny"
+    assert known.choices[0].message.content == demo.answer_to("What is Model Pool?")
+    demo_pool.remove("tiny")
+    with pytest.raises(APIStatusError) as gone:
+        eventually(
+            lambda: client.chat.completions.create(model="tiny", messages=ask, max_tokens=1) and None,  # type: ignore[arg-type]
+            5,
+            lambda: "404",
+        )
+    assert gone.value.status_code == 404
+    eventually(lambda: not demo_pool.processes("modelpool: host tiny"), 40, lambda: "its process has ended")
+    demo_pool.register("embed", model_name=str(make_embedding_model(tmp_path / "embed")), engine_args=SMALL)
+    demo_pool.wait_active("embed")
+    vectors = client.embeddings.create(model="embed", input=["one", "two"])
+    assert len(vectors.data) == 2
+    assert vectors.data[0].embedding != vectors.data[1].embedding
+    demo_pool.remove("embed")
+    eventually(lambda: not demo_pool.processes("modelpool: host embed"), 40, lambda: "its process has ended")
+
+
+@pytest.mark.parametrize(
+    ("alias", "body", "says"),
+    [
+        ("nowhere", {"model_name": "/no/such/folder"}, "/no/such/folder does not exist"),
+        ("argless", {"engine_args": {**SMALL, "no_such_argument": 1}}, "no_such_argument|no-such-argument"),
+        ("longer", {"max_model_len": 2048, "engine_args": {**SMALL, "kv_cache_memory_bytes": 1 << 16}}, "KV cache"),
+    ],
+)
+def test_a_model_that_cannot_load_gives_its_real_reason(
+    demo_pool: PoolProcess, alias: str, body: dict[str, object], says: str
+) -> None:
+    demo_pool.register(alias, **{"model_name": str(demo.model_path()), **body})
+    try:
+        view = eventually(
+            lambda: (view := demo_pool.model(alias))["instances"] and view["instances"][0]["failures"] and view,
+            60,
+            lambda: f"a failure: {demo_pool.model(alias)}",
+        )
+        answer = demo_pool.http.post("/v1/completions", json={"model": alias, "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
+        for reason in (view["reason"], answer.json()["error"]["message"]):
+            assert any(part in reason for part in says.split("|")), reason
+            assert "Traceback" not in reason
+            assert len(reason) < 700
+    finally:
+        demo_pool.remove(alias)
+
+
+@pytest.fixture(scope="module")
+def breakable_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]:
+    with running_pool(tmp_path_factory.mktemp("breakable")) as pool:
+        pool.wait_active("demo")
+        yield pool
+
+
+@pytest.mark.parametrize("how", ["kill", "stop then kill"])
+@pytest.mark.parametrize("victim", ["modelpool: host demo", "VLLM::EngineCore"])
+def test_a_dead_engine_is_seen_and_started_again(breakable_pool: PoolProcess, victim: str, how: str) -> None:
+    pool = breakable_pool
+    process = pool.one(victim)
+    group = {each.pid for each in pool.processes("VLLM::")} | {pool.one("modelpool: host demo").pid}
+    before = pool.model("demo")["instances"][0]["failures"]
+    if how == "stop then kill":
+        process.send_signal(signal.SIGSTOP)
+    process.kill()
+    eventually(
+        lambda: pool.model("demo")["instances"][0]["failures"] > before, 5, lambda: f"seen: {pool.model('demo')}"
+    )
+    pool.wait_active("demo", within=60)
+    answer = pool.http.post(
+        "/v1/chat/completions",
+        json={"model": "demo", "messages": [{"role": "user", "content": "What is Model Pool?"}], "temperature": 0},
+    )
+    assert answer.json()["choices"][0]["message"]["content"] == demo.answer_to("What is Model Pool?")
+    assert not group & {each.pid for each in pool.processes()}
+
+
+def test_starting_and_stopping_gives_memory_back_every_time(demo_pool: PoolProcess, tmp_path: Path) -> None:
+    model = str(make_text_model(tmp_path / "text"))
+    kept = {each.pid for each in demo_pool.processes()}
+    before = pss(demo_pool, kept)
+    peaks = []
+    for _ in range(10):
+        demo_pool.register("round", model_name=model, engine_args=SMALL)
+        demo_pool.wait_active("round")
+        with demo_pool.worker_http() as worker:
+            peaks.append(worker.get("/instances/round/status").json()["memory_bytes"])
+        demo_pool.remove("round")
+        eventually(lambda: {each.pid for each in demo_pool.processes()} <= kept, 40, lambda: "its processes ended")
+    after = pss(demo_pool, kept)
+    # Shared pages count fully for those that are left; a leak would grow with each of the ten rounds.
+    assert after < before + 150e6, (before, after)
+    assert statistics.mean(peaks[5:]) < statistics.mean(peaks[:5]) * 1.1, peaks
+
+
+def pss(pool: PoolProcess, pids: set[int]) -> float:
+    return float(sum(psutil.Process(pid).memory_full_info().pss for pid in pids if psutil.pid_exists(pid)))
+
+
+def test_the_worker_answers_at_once_while_forkserver_and_engine_start(tmp_path: Path) -> None:
+    times: list[float] = []
+    failures: list[str] = []
+    done = threading.Event()
+
+    def probe(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=5, trust_env=False) as http:
+            while not done.is_set() and len(times) < 400:
+                begin = time.monotonic()
+                try:
+                    if http.get("/health").status_code != 200:
+                        failures.append("status")
+                except httpx.HTTPError as error:
+                    failures.append(repr(error))
+                times.append(time.monotonic() - begin)
+                done.wait(0.1)
+
+    with running_pool(tmp_path / "home", "--no-demo") as pool:
+        with pool.worker_http() as worker:
+            thread = threading.Thread(target=probe, args=(str(worker.base_url),))
+        thread.start()
+        try:
+            pool.register("demo", model_name=str(demo.model_path()), engine_args=demo.engine_args())
+            pool.wait_active("demo")
+            eventually(lambda: len(times) >= 100, 60, lambda: "100 probes")
+        finally:
+            done.set()
+            thread.join()
+    assert failures == []
+    assert statistics.median(times) < 0.05
+    assert max(times) < 0.5, sorted(times)[-5:]
