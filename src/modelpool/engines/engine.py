@@ -86,6 +86,9 @@ class EngineModule(Protocol):
     def preload(self) -> None:
         """Import all that a host will need. Runs once, in the forkserver. Raises NotInstalled, NotForkable."""
 
+    def start_survivors(self) -> None:
+        """Start what must outlive a host's process group. Runs in a new host while it is still in its parent's."""
+
     def load(self, spec: HostSpec, phase: Phase) -> Engine:
         """Load the model, in a process that has no loop and one thread. Blocks. Raises LoadError."""
 

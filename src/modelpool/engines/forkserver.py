@@ -13,13 +13,16 @@ import gc
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -74,13 +77,15 @@ class Forkserver:
     """Forks hosts, sees them end, and leaves nothing of them behind.
 
     `forked` holds the hosts that are children of this process; `adopted` those of an earlier forkserver, by a pidfd
-    each, since the number of a process that is not our child may be given to another one at any time.
+    each, since the number of a process that is not our child may be given to another one at any time. Each host has a
+    folder for temporary files below `scratch`, which goes with it however it ends.
     """
 
     def __init__(self, link: Link, engine: EngineModule) -> None:
         self._link = link
         self._engine = engine
         self._forked: set[int] = set()
+        self._scratch = Path(tempfile.mkdtemp(prefix="modelpool-"))
         self._adopted: dict[int, int] = {}
         self._ending = False
         self._poll = select.poll()
@@ -97,6 +102,7 @@ class Forkserver:
                     self._serve_ready(fd)
         finally:
             self._kill_all()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _serve_ready(self, fd: int) -> None:
         if fd == self._wake_read:
@@ -148,6 +154,7 @@ class Forkserver:
         """In the child: shed all that is the forkserver's, and never return into its loop."""
         status = 1
         try:
+            self._engine.start_survivors()
             os.setsid()
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -156,7 +163,7 @@ class Forkserver:
             self._link.close()
             for fd in (self._wake_read, self._wake_write, *self._adopted.values()):
                 os.close(fd)
-            status = host.main(control, self._engine)
+            status = host.main(control, self._engine, self._scratch / str(os.getpid()))
         except BaseException:  # noqa: BLE001  the top of a process
             traceback.print_exc()
         finally:
@@ -199,6 +206,7 @@ class Forkserver:
             _, status = os.waitpid(pid, 0)
             if pid in self._forked:
                 self._forked.remove(pid)
+                shutil.rmtree(self._scratch / str(pid), ignore_errors=True)
                 self._link.send(Exited(pid=pid, status=os.waitstatus_to_exitcode(status)))
 
     def _kill_all(self) -> None:

@@ -11,11 +11,14 @@ import asyncio
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import setproctitle
@@ -35,15 +38,18 @@ logger = logging.getLogger(__name__)
 _DEATH_NOTICE_S = 1.0
 
 
-def main(control_fd: int, engine: EngineModule) -> int:
-    """The child's whole life. Returns its exit status: 0 only after a Shutdown."""
+def main(control_fd: int, engine: EngineModule, scratch: Path) -> int:
+    """The child's whole life. Returns its exit status: 0 only after a Shutdown.
+
+    `scratch` is to be its folder for temporary files, which its parent removes.
+    """
     os.set_inheritable(control_fd, False)
     control = Control(socket.socket(fileno=control_fd))
     spec = control.receive_spec()
     if spec is None:
         return 0
     try:
-        _enter(spec)
+        _enter(spec, scratch)
         listener = listen(spec.bind, spec.ports)
     except (NoFreePort, OSError) as error:
         control.send(LoadFailed(reason=f"The host of {spec.instance} cannot start: {error}."))
@@ -59,10 +65,14 @@ def main(control_fd: int, engine: EngineModule) -> int:
         loaded.close()
 
 
-def _enter(spec: HostSpec) -> None:
-    """Become the host of `spec`: environment, working folder, log file, name."""
+def _enter(spec: HostSpec, scratch: Path) -> None:
+    """Become the host of `spec`: environment, folders, log file, name."""
+    scratch.mkdir(mode=0o700)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     os.environ.update(spec.env)
     os.chdir(spec.cwd)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Appending, so that a log file that is copied and truncated goes on at its new end.
     log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -124,11 +124,11 @@ class ForkserverDriver:
 
     def _start(self, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        module = "modelpool.engines.forkserver"
         single = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SPT_NOENV": "1"}
         with theirs, open(self.folder / "forkserver.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "modelpool.engines.forkserver"]
-                + ["--fd", str(theirs.fileno()), "--engine", self.engine.value],
+                [sys.executable, "-m", module, f"--fd={theirs.fileno()}", f"--engine={self.engine}"],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **single, RUN_ID: self.run_id, **environment},
                 stdin=subprocess.DEVNULL,

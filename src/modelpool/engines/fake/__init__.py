@@ -12,6 +12,10 @@ def preload() -> None:
     importlib.import_module("modelpool.engines.fake.engine")
 
 
+def start_survivors() -> None:
+    """Nothing outlives a fake host."""
+
+
 def load(spec: HostSpec, phase: Phase) -> Engine:
     from modelpool.engines.fake.engine import FakeEngine
 
