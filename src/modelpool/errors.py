@@ -7,6 +7,7 @@ PoolError
 │   ├── Forbidden          403
 │   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound
 │   ├── MethodNotAllowed   405
+│   ├── RequestTimeout     408
 │   ├── Conflict           409
 │   ├── BodyTooLarge       413
 │   ├── HeadersTooLarge    431
@@ -109,6 +110,13 @@ class MethodNotAllowed(CallerError):
         super().__init__(f"{method} is not allowed on {path}; allowed: {', '.join(self.allowed)}.")
 
 
+class RequestTimeout(CallerError):
+    """The client did not send its request in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class Conflict(CallerError):
     status = 409
     code = "conflict"
@@ -150,8 +158,14 @@ class Draining(CapacityError):
 
 
 class EngineError(PoolError):
+    """`may_have_run`: False when the request cannot have reached the engine, so that it is safe to send it again."""
+
     status = 502
     code = "upstream_failed"
+
+    def __init__(self, message: str, *, may_have_run: bool = True) -> None:
+        super().__init__(message)
+        self.may_have_run = may_have_run
 
 
 class UpstreamFailed(EngineError):

@@ -1,0 +1,24 @@
+"""The routes of an engine that are for clients; never its operational ones (adapters, sleep, scaling, RPC)."""
+
+from __future__ import annotations
+
+import re
+
+_POST = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
+    | {"/v1/embeddings", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/pooling", "/v1/pooling"}
+    | {"/classify", "/v1/classify", "/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"}
+)
+_GET = frozenset({"/v1/models", "/health", "/version"})
+_STORED_RESPONSE = re.compile(r"/v1/responses/[\w-]+(/cancel)?")
+
+
+def inference_methods(path: str) -> frozenset[str]:
+    """The methods that a client may use on this path of an engine; none for a path that is not for clients."""
+    if path in _POST:
+        return frozenset({"POST"})
+    if path in _GET:
+        return frozenset({"GET", "HEAD"})
+    if match := _STORED_RESPONSE.fullmatch(path):
+        return frozenset({"POST"}) if match[1] else frozenset({"GET"})
+    return frozenset()
