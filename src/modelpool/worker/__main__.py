@@ -1,0 +1,232 @@
+"""`python -m modelpool.worker`: the worker of this machine as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from urllib.parse import quote, urlsplit
+
+import uvloop
+
+from modelpool import __version__, process
+from modelpool.control_http import Server, bind_tcp
+from modelpool.home import AlreadyRunning, Home
+from modelpool.messages.models import EngineKind
+from modelpool.messages.workers import WorkerDescription, WorkerInfo
+from modelpool.settings import Settings, SettingsError, from_environment
+from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
+from modelpool.worker.devices import find_devices
+from modelpool.worker.forkserver import Forkserver
+from modelpool.worker.host_spec import TAG, forkserver_environment
+from modelpool.worker.hub import Hub
+from modelpool.worker.instance_log import InstanceLog
+from modelpool.worker.launcher import HostPlace, Launcher, Limits
+from modelpool.worker.ports import port_range
+from modelpool.worker.process_group import reap
+from modelpool.worker.proxy import running_proxy
+from modelpool.worker.registration import Registration
+from modelpool.worker.service import worker_app
+from modelpool.worker.supervisor import Supervisor, running_supervisor
+
+log = logging.getLogger(__name__)
+
+_END_DRAIN_S = 5.0
+"""How long requests in flight may go on when the worker ends."""
+_NO_VLLM = "vLLM is not installed in the worker's Python; `pip install 'modelpool[cpu]'`, or `[gpu]`"
+
+
+def main() -> int:
+    try:
+        settings = from_environment()
+        process.enter("worker", log_level=settings.log_level)
+        home = Home(settings.home_path)
+        with home.lock(f"worker-{settings.worker_id}"):
+            uvloop.run(_until_signal(settings, home))
+    except AlreadyRunning as error:
+        hint = "End it first, or give this one another name: --worker-id, WORKER_ID."
+        return _not_started(str(error), hint)
+    except process.StartupError as error:
+        return _not_started(error.reason, error.hint)
+    except (SettingsError, OSError) as error:
+        return _not_started(str(error), "")
+    return 0
+
+
+def _not_started(reason: str, hint: str) -> int:
+    log.error("cannot start: %s %s", reason, hint)
+    process.announce(process.NotStarted(reason, hint))
+    return 1
+
+
+async def _until_signal(settings: Settings, home: Home) -> None:
+    """Serve until SIGTERM or SIGINT, then end in order; at the second signal, at once."""
+    ending = asyncio.Event()
+    serving = asyncio.current_task()
+    assert serving is not None
+
+    def on_signal() -> None:
+        if ending.is_set():
+            log.warning("ending at once")
+            serving.cancel()
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    try:
+        await serve(settings, home, ending)
+    except asyncio.CancelledError:
+        if not ending.is_set():
+            raise
+
+
+async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
+    """Serve until `ending` is set. Then no instance and no forkserver is left."""
+    worker = settings.worker
+    token = settings.token or home.cluster_token()
+    tag = f"{home.path}:{settings.worker_id}"
+    ports = port_range(worker.port_range)
+    devices = await asyncio.to_thread(find_devices, worker.fake_devices, os.environ)
+    if left := await asyncio.to_thread(reap, TAG, tag):
+        log.warning("killed what an earlier worker left behind: processes %s", left)
+    async with AsyncExitStack() as stack:
+        sock = stack.enter_context(bind_tcp(worker.host, worker.port, flag="--port", variable="WORKER_PORT"))
+        info = worker_info(settings, sock.getsockname()[1])
+        place = host_place(settings, home, token, ports, devices.kind)
+        changed = asyncio.Event()
+        forkservers = make_forkservers(settings, home, tag, devices.kind, changed)
+        log_of = instance_logs(settings, home)
+        hub = Hub(
+            environ={**os.environ, TAG: tag},
+            timeout_s=worker.fetch_timeout_s,
+            log_path=home.logs / f"fetch-{quote(settings.worker_id, safe='')}.log",
+        )
+        limits = Limits(start_s=worker.start_timeout_s, stall_s=worker.stall_timeout_s)
+        supervisor = Supervisor(
+            Launcher(forkservers=forkservers, hub=hub, place=place, limits=limits, log_of=log_of),
+            forkservers=forkservers,
+            devices=devices,
+            log_of=log_of,
+            drain_s=worker.drain_timeout_s,
+            changed=changed,
+        )
+        describe = describer(supervisor, info)
+        proxy = await stack.enter_async_context(
+            running_proxy(supervisor, token=token, max_body_bytes=settings.gateway.max_body_bytes)
+        )
+        gone = asyncio.Event()
+        app = worker_app(supervisor, describe=describe, proxy=proxy, token=token, ending=gone)
+        registration = Registration(
+            manager_url=worker.manager_url,
+            token=token,
+            info=info,
+            describe=describe,
+            changed=changed,
+            interval_s=worker.heartbeat_interval_s,
+        )
+        await _run(Server(app), sock, supervisor, registration, ending, gone, info.url)
+
+
+async def _run(
+    server: Server,
+    sock: socket.socket,
+    supervisor: Supervisor,
+    registration: Registration,
+    ending: asyncio.Event,
+    gone: asyncio.Event,
+    url: str,
+) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        sock.listen(1024)  # from here on a connection is queued, so it is safe to say that we are ready
+        serving = tasks.create_task(server.serve([sock]), name="http")
+        async with running_supervisor(supervisor, _END_DRAIN_S):
+            registering = tasks.create_task(registration.run(), name="registration")
+            process.announce(process.Ready(url))
+            log.info("serving at %s", url)
+            await ending.wait()
+            log.info("ending")
+            registering.cancel()
+            supervisor.take_no_more_orders()
+            await registration.unregister()
+        gone.set()
+        server.should_exit = True
+        await serving
+
+
+def worker_info(settings: Settings, port: int) -> WorkerInfo:
+    """Who this worker is; `port` is the one it listens on. Raises StartupError for a public URL of no use."""
+    worker = settings.worker
+    if worker.public_url and urlsplit(worker.public_url).scheme not in ("http", "https"):
+        raise process.StartupError(
+            f"The public URL {worker.public_url!r} cannot be used.", "Set PUBLIC_URL to http://…"
+        )
+    return WorkerInfo(
+        worker_id=settings.worker_id,
+        incarnation=uuid.uuid4().hex,
+        url=worker.public_url.rstrip("/") or url_of(reachable_host(worker.host, worker.manager_url), port),
+        direct=not worker.public_url,
+        version=__version__,
+        run_id=settings.run_id,
+    )
+
+
+def host_place(settings: Settings, home: Home, token: str, ports: tuple[int, int], device_kind: str) -> HostPlace:
+    worker = settings.worker
+    bind = hosts_bind(worker.host, direct=not worker.public_url)
+    return HostPlace(
+        token=token,
+        bind=bind,
+        reached_here=local_host(bind),
+        announced=reachable_host(bind, worker.manager_url),
+        ports=ports,
+        cwd=str(home.run),
+        capacity=settings.models.instance_capacity,
+        device_kind=device_kind,
+        environ=os.environ,
+    )
+
+
+def make_forkservers(
+    settings: Settings, home: Home, tag: str, device_kind: str, changed: asyncio.Event
+) -> Mapping[EngineKind, Forkserver]:
+    """One for each engine kind; that of vLLM is started at once, since its imports take long."""
+    environment = forkserver_environment(os.environ, tag=tag, run_id=settings.run_id, device_kind=device_kind)
+
+    def make(kind: EngineKind, *, lazy: bool, missing: str = "") -> Forkserver:
+        log_path = home.logs / f"forkserver-{quote(settings.worker_id, safe='')}-{kind}.log"
+        return Forkserver(
+            kind, environment=environment, log_path=log_path, changed=changed.set, lazy=lazy, missing=missing
+        )
+
+    # Found, not imported: that is for the forkserver.
+    missing = "" if importlib.util.find_spec("vllm") else _NO_VLLM
+    return {
+        EngineKind.VLLM: make(EngineKind.VLLM, lazy=False, missing=missing),
+        EngineKind.FAKE: make(EngineKind.FAKE, lazy=True),
+    }
+
+
+def instance_logs(settings: Settings, home: Home) -> Callable[[str], InstanceLog]:
+    return lambda name: InstanceLog(home.instance_log(settings.worker_id, name))
+
+
+def describer(supervisor: Supervisor, info: WorkerInfo) -> Callable[[], Awaitable[WorkerDescription]]:
+    async def describe() -> WorkerDescription:
+        devices = await supervisor.devices()
+        # Reports last: what they say is then of one moment, and not older than the devices.
+        return WorkerDescription(
+            info=info, devices=devices, engines=supervisor.engines(), instances=supervisor.reports()
+        )
+
+    return describe
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""One instance as its worker knows it: what was ordered, its state, and how it is reported."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from modelpool.core.lifecycle import InstanceState, move
+from modelpool.messages.engine import HostStatus, Loaded
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.workers import Address, InstanceReport, Progress
+from modelpool.worker.host import Host
+
+log = logging.getLogger(__name__)
+
+_OVER = (InstanceState.FAILED, InstanceState.UNLOADED, InstanceState.ABSENT)
+
+
+class Instance:
+    """One start of an instance, from STARTING to its end; the next start is another object.
+
+    `stop_asked` is set once it is to end, with `drain_s` to let requests in flight end. Every change calls `changed`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: ModelSpec,
+        *,
+        devices: tuple[int, ...],
+        memory_bytes: int,
+        changed: Callable[[], None],
+        after: asyncio.Task[None] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.devices = devices
+        self.memory_bytes = memory_bytes
+        self.state = move(InstanceState.ABSENT, InstanceState.STARTING)
+        self.progress: Progress | None = None
+        self.reason = ""
+        self.after = after
+        """The task of an earlier start of this name, which may still be giving memory back."""
+        self.task: asyncio.Task[None] | None = None
+        self.host: Host | None = None
+        self.upstream: Address | None = None
+        """Where the host answers this process."""
+        self.address: Address | None = None
+        """Where it answers others."""
+        self.loaded: Loaded | None = None
+        self.last_status: HostStatus | None = None
+        self.stop_asked = asyncio.Event()
+        self.drain_s = 0.0
+        self._changed = changed
+        self._changed_at = time.time()
+
+    @property
+    def over(self) -> bool:
+        """Whether it has failed or ended, and may be started again under the same name."""
+        return self.state in _OVER
+
+    def move(self, target: InstanceState, reason: str = "") -> None:
+        """Raises IllegalTransition, and then changes nothing."""
+        self.state = move(self.state, target)
+        self.reason = reason
+        self.progress = None
+        self._touch()
+
+    def fail(self, reason: str) -> None:
+        """FAILED, while what is left of it is cleaned up. One that was asked to end has just ended: no change."""
+        if not self.stop_asked.is_set() and not self.over:
+            log.warning("%s failed: %s", self.name, reason)
+            self.move(InstanceState.FAILED, reason)
+
+    def advance(self, phase: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
+        """Say how far the start is. What comes after it was given up says nothing."""
+        progress = Progress(phase=phase, done_bytes=done_bytes, total_bytes=total_bytes)
+        if self.state is InstanceState.STARTING and progress != self.progress:
+            self.progress = progress
+            self._touch()
+
+    def activate(self, loaded: Loaded, *, upstream: Address, address: Address) -> None:
+        self.loaded = loaded
+        self.upstream = upstream
+        self.address = address
+        self.move(InstanceState.ACTIVE)
+
+    def attach(self, host: Host) -> None:
+        self.host = host
+
+    def detach(self) -> None:
+        """The host is gone; its last figures stay."""
+        if self.host is not None:
+            self.last_status = self.host.status
+            self.host = None
+
+    def _touch(self) -> None:
+        # Reports are ordered by this: it must grow even when the clock does not.
+        self._changed_at = max(time.time(), self._changed_at + 1e-6)
+        self._changed()
+
+    def report(self) -> InstanceReport:
+        return InstanceReport(
+            instance=self.name,
+            model=self.model,
+            state=self.state,
+            progress=self.progress,
+            reason=self.reason,
+            address=None if self.over else self.address,
+            capacity=self.loaded.capacity if self.loaded else 0,
+            max_model_len=self.loaded.max_model_len if self.loaded else None,
+            devices=self.devices,
+            memory_bytes=self.memory_bytes,
+            pid=self.host.pid if self.host else None,
+            changed_at=self._changed_at,
+        )

@@ -1,0 +1,193 @@
+"""Carries one instance from STARTING to its end: fetch, fork, load, watch, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from modelpool.messages.engine import HostSpec, Loaded
+from modelpool.messages.models import EngineKind
+from modelpool.messages.workers import Address
+from modelpool.worker.forkserver import EngineUnavailable, ForkFailed, Forkserver
+from modelpool.worker.host import Host, HostEnded, LoadRefused, forked_host
+from modelpool.worker.host_spec import host_environment
+from modelpool.worker.hub import FetchFailed, Hub
+from modelpool.worker.instance import Instance
+from modelpool.worker.instance_log import InstanceLog
+from modelpool.worker.waiting import all_of, cancelled, first_of
+
+log = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 1.0
+END_GRACE_S = 15.0
+"""How long a host may take to end after its drain; its own deadline for its engine is 10 s."""
+_LAST_CHANCE_S = 1.0
+_ADDRESS_IN_USE = "address already in use"
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """In seconds."""
+
+    start_s: float
+    stall_s: float
+
+
+class HostPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same for all hosts of this worker.
+
+    They listen on `bind`; this process reaches them at `reached_here`, others at `announced`.
+    """
+
+    token: str
+    bind: str
+    reached_here: str
+    announced: str
+    ports: tuple[int, int]
+    cwd: str
+    capacity: int | None
+    device_kind: str
+    environ: Mapping[str, str]
+
+
+class StartFailed(Exception):
+    """The reason is for people."""
+
+
+class AddressInUse(StartFailed):
+    """Another process took a port between its choice and its use; the next try chooses again."""
+
+
+class Launcher:
+    def __init__(
+        self,
+        *,
+        forkservers: Mapping[EngineKind, Forkserver],
+        hub: Hub,
+        place: HostPlace,
+        limits: Limits,
+        log_of: Callable[[str], InstanceLog],
+    ) -> None:
+        self._forkservers = forkservers
+        self._hub = hub
+        self._place = place
+        self._limits = limits
+        self._log_of = log_of
+
+    async def run(self, instance: Instance) -> None:
+        """From STARTING until nothing of the host is left: because it failed, or because it was asked to end."""
+        try:
+            path = await self._fetch(instance)
+            async with asyncio.timeout(self._limits.start_s) as deadline:
+                try:
+                    await self._host(instance, path, deadline)
+                except AddressInUse as error:
+                    log.warning("%s: %s; it is started once more", instance.name, error)
+                    await self._host(instance, path, deadline)
+        except TimeoutError:
+            phase = instance.progress.phase if instance.progress else "import"
+            instance.fail(f"not ready after {self._limits.start_s:g} s (in phase {phase})")
+        except (FetchFailed, EngineUnavailable, ForkFailed, StartFailed) as error:
+            instance.fail(str(error))
+
+    async def _fetch(self, instance: Instance) -> str:
+        """The model's local folder. The fake engine has none."""
+        model = instance.model
+        if model.engine is EngineKind.FAKE:
+            return model.model_name
+        revision = model.engine_args.get("revision")
+        return await self._hub.local_path(
+            model.model_name,
+            revision=revision if isinstance(revision, str) else None,
+            on_progress=lambda done, total: instance.advance("fetch", done, total),
+        )
+
+    async def _host(self, instance: Instance, path: str, deadline: asyncio.Timeout) -> None:
+        """The life of one host, from its fork until its process group is gone. `deadline` is for its start only."""
+        log_ = self._log_of(instance.name)
+        log_start = await asyncio.to_thread(log_.size)
+        began = time.monotonic()
+        instance.advance("import")
+        async with forked_host(self._forkservers[instance.model.engine], instance.name) as host:
+            instance.attach(host)
+            try:
+                loaded = await self._load(instance, host, path, log_, log_start)
+                deadline.reschedule(None)
+                log.info("%s is ready after %.1f s, process %d", instance.name, time.monotonic() - began, host.pid)
+                instance.activate(
+                    loaded,
+                    upstream=Address(self._place.reached_here, loaded.port),
+                    address=Address(self._place.announced, loaded.port),
+                )
+                await self._serve(instance, host, log_)
+            finally:
+                instance.detach()
+
+    async def _load(self, instance: Instance, host: Host, path: str, log_: InstanceLog, log_start: int) -> Loaded:
+        """Raises StartFailed."""
+        try:
+            return await host.load(self._spec(instance, path, log_), lambda phase: instance.advance("load"))
+        except LoadRefused as error:
+            reason = str(error)
+        except HostEnded as error:
+            reason = await _epitaph(error, log_, log_start)
+        raise AddressInUse(reason) if _ADDRESS_IN_USE in reason.lower() else StartFailed(reason)
+
+    async def _serve(self, instance: Instance, host: Host, log_: InstanceLog) -> None:
+        """Watch an ACTIVE host until it fails, or is asked to end and has had its time for it."""
+        log_start = await asyncio.to_thread(log_.size)
+        asked = asyncio.create_task(instance.stop_asked.wait(), name=f"instance {instance.name} stop")
+        try:
+            reason = await self._watch(host, asked)
+            if reason is None and host.ended.done() and not asked.done():
+                reason = await _epitaph(HostEnded(host.ended.result()), log_, log_start)
+            if reason is not None:
+                instance.fail(reason)
+                return
+            host.shut_down(instance.drain_s)
+            await all_of(host.ended, timeout_s=instance.drain_s + END_GRACE_S)
+        finally:
+            await cancelled(asked)
+
+    async def _watch(self, host: Host, asked: asyncio.Task[bool]) -> str | None:
+        """Probe until the host ended or is asked to end (None), or stalls: then why."""
+        while True:
+            await first_of(host.ended, asked, timeout_s=PROBE_INTERVAL_S)
+            if host.ended.done() or asked.done():
+                return None
+            if host.silence() > self._limits.stall_s:
+                # It may be us who stood still; then its answers are waiting to be read.
+                await first_of(host.probe(), host.ended, timeout_s=_LAST_CHANCE_S)
+                if not host.ended.done() and host.silence() > self._limits.stall_s:
+                    host.kill()
+                    return f"stalled: it has not answered a probe for {host.silence():.0f} s"
+            host.probe()
+
+    def _spec(self, instance: Instance, path: str, log_: InstanceLog) -> HostSpec:
+        kind = self._place.device_kind
+        return HostSpec(
+            instance=instance.name,
+            model=instance.model,
+            model_path=path,
+            token=self._place.token,
+            bind=self._place.bind,
+            ports=self._place.ports,
+            env=host_environment(self._place.environ, device_kind=kind, devices=instance.devices),
+            cwd=self._place.cwd,
+            log_path=str(log_.path),
+            device_kind=kind,
+            devices=instance.devices,
+            memory_bytes=instance.memory_bytes,
+            capacity=self._place.capacity,
+        )
+
+
+async def _epitaph(ended: HostEnded, log_: InstanceLog, since: int) -> str:
+    """How a host ended, with its last words where they may say why."""
+    if ended.status == -9:
+        return str(ended)
+    last = await asyncio.to_thread(log_.last_line, since)
+    return f"{ended}: {last}" if last else str(ended)

@@ -1,0 +1,142 @@
+"""How a worker makes itself known: registers, reports every change, and finds its manager again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from modelpool.messages.workers import Heartbeat, HeartbeatAnswer, RegisterWorker, WorkerDescription, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+_RETRY_FIRST_S = 0.2
+_RETRY_MAX_S = 2.0
+_TIMEOUT = httpx.Timeout(10.0, connect=2.0)
+_UNREGISTER_S = 2.0
+# Reports of changes that come together go together.
+_COALESCE_S = 0.02
+
+
+class Refused(Exception):
+    """The manager answered that it will not have this report; the text is its own."""
+
+
+class NotRegistered(Exception):
+    """The manager does not know this worker (any more)."""
+
+
+class Registration:
+    """Keeps the manager informed while `run` runs; whatever goes wrong there, the worker goes on.
+
+    `describe` gives the worker as it is now. `changed` is set when that is worth telling at once. `manager_url` may be
+    `unix:` and a path; where it is a gateway's, the other gateways are tried when it cannot be reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        manager_url: str,
+        token: str,
+        info: WorkerInfo,
+        describe: Callable[[], Awaitable[WorkerDescription]],
+        changed: asyncio.Event,
+        interval_s: float,
+    ) -> None:
+        self._own_url = manager_url
+        self._token = token
+        self._info = info
+        self._describe = describe
+        self._changed = changed
+        self._interval_s = interval_s
+        self._url = manager_url
+        self._gateways: tuple[str, ...] = ()
+        self._trouble = ""
+
+    async def run(self) -> None:
+        """Register, and report; again and again, until cancelled."""
+        retry_s = _RETRY_FIRST_S
+        while True:
+            try:
+                async with _client(self._url, self._token) as http:
+                    await self._register(http)
+                    retry_s = _RETRY_FIRST_S
+                    await self._keep_reporting(http)
+            except NotRegistered:
+                log.info("the manager at %s does not know this worker; registering again", self._url)
+            except (httpx.HTTPError, Refused, msgspec.DecodeError, OSError) as error:
+                self._note(f"{self._url}: {str(error) or type(error).__name__}")
+                if not isinstance(error, Refused):
+                    self._url = self._next_url()
+                # Spread, so that all workers of a manager that comes back do not come at once.
+                await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
+                retry_s = min(_RETRY_MAX_S, 2 * retry_s)
+
+    async def unregister(self) -> None:
+        """Say goodbye, if the manager can be reached at once."""
+        with suppress(httpx.HTTPError, OSError, TimeoutError):
+            async with asyncio.timeout(_UNREGISTER_S), _client(self._url, self._token) as http:
+                await http.delete(f"/workers/{quote(self._info.worker_id, safe='')}/unregister")
+                log.info("unregistered at %s", self._url)
+
+    def _note(self, trouble: str) -> None:
+        """Log what is wrong, once for as long as it stays the same."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("no manager: %s; trying on", trouble)
+
+    def _next_url(self) -> str:
+        """The next of our own URL and the gateways that are known."""
+        if self._own_url.startswith("unix:"):
+            return self._own_url
+        urls = list(dict.fromkeys((self._own_url, *self._gateways)))
+        return urls[(urls.index(self._url) + 1) % len(urls)] if self._url in urls else self._own_url
+
+    async def _register(self, http: httpx.AsyncClient) -> None:
+        self._changed.clear()
+        now = await self._describe()
+        message = RegisterWorker(info=self._info, devices=now.devices, engines=now.engines, instances=now.instances)
+        await self._tell(http, "/workers/register", message)
+        log.info("registered at %s as %s (%s)", self._url, self._info.worker_id, self._info.url)
+        self._trouble = ""
+
+    async def _keep_reporting(self, http: httpx.AsyncClient) -> None:
+        """Returns never. Raises NotRegistered, Refused, and what httpx raises when the manager is away."""
+        path = f"/workers/{quote(self._info.worker_id, safe='')}/heartbeat"
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._interval_s):
+                    await self._changed.wait()
+                await asyncio.sleep(_COALESCE_S)
+            self._changed.clear()
+            now = await self._describe()
+            message = Heartbeat(
+                incarnation=self._info.incarnation,
+                devices=now.devices,
+                engines=now.engines,
+                instances=now.instances,
+            )
+            await self._tell(http, path, message)
+
+    async def _tell(self, http: httpx.AsyncClient, path: str, message: RegisterWorker | Heartbeat) -> None:
+        response = await http.post(path, content=msgspec.json.encode(message))
+        if response.status_code == 404:
+            raise NotRegistered
+        if not response.is_success:
+            raise Refused(f"status {response.status_code}: {response.text[:500]}")
+        self._gateways = msgspec.json.decode(response.content, type=HeartbeatAnswer).gateways
+
+
+def _client(url: str, token: str) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    if url.startswith("unix:"):
+        transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"))
+        return httpx.AsyncClient(base_url="http://control", transport=transport, headers=headers, timeout=_TIMEOUT)
+    # No proxy of the environment: the manager is ours, and the token with it.
+    return httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT, trust_env=False)

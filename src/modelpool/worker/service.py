@@ -1,0 +1,134 @@
+"""The worker's HTTP service: orders, reports, logs, and the watch by which its end is seen. The proxy is in proxy.py.
+
+Every route but `/health` wants the cluster token. `{instance}` may contain `/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp
+
+from modelpool import __version__
+from modelpool.control_http import TokenGuard, answer, body_schema, error_response, render_errors
+from modelpool.errors import BodyTooLarge, InvalidRequest
+from modelpool.messages.models import decode_body
+from modelpool.messages.workers import StartOrder, WorkerDescription
+from modelpool.worker.supervisor import Supervisor
+
+MAX_ORDER_BYTES = 4 << 20
+WATCH_INTERVAL_S = 5.0
+
+
+def worker_app(
+    supervisor: Supervisor,
+    *,
+    describe: Callable[[], Awaitable[WorkerDescription]],
+    proxy: ASGIApp,
+    token: str,
+    ending: asyncio.Event,
+) -> ASGIApp:
+    """The whole service. Open streams end once `ending` is set."""
+    app = FastAPI(title="Model Pool worker", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    render_errors(app)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    _add_worker_routes(app, describe, ending)
+    _add_orders(app, supervisor)
+    _add_reports(app, supervisor, ending)
+    app.mount("/proxy", proxy)
+    return TokenGuard(app, token=token)
+
+
+async def _invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = str(first["loc"][-1])
+    return error_response(InvalidRequest(f"`{field}`: {first['msg']}, got {first['input']!r}.", param=field))
+
+
+def _add_worker_routes(
+    app: FastAPI, describe: Callable[[], Awaitable[WorkerDescription]], ending: asyncio.Event
+) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return answer({"status": "ok"})
+
+    @app.get("/info")
+    async def info() -> Response:
+        return answer(await describe())
+
+    @app.get("/watch")
+    async def watch() -> Response:
+        return StreamingResponse(_empty_lines(ending), media_type="text/plain")
+
+
+async def _empty_lines(ending: asyncio.Event) -> AsyncIterator[bytes]:
+    while not ending.is_set():
+        yield b"\n"
+        try:
+            async with asyncio.timeout(WATCH_INTERVAL_S):
+                await ending.wait()
+        except TimeoutError:
+            continue
+
+
+def _add_orders(app: FastAPI, supervisor: Supervisor) -> None:
+    @app.post("/instances/start", openapi_extra=body_schema(StartOrder))
+    async def start(request: Request) -> Response:
+        return answer(await supervisor.start(decode_body(await _body(request), StartOrder)))
+
+    @app.post("/instances/{instance:path}/stop")
+    async def stop(instance: str) -> Response:
+        return answer(supervisor.stop(instance))
+
+
+async def _body(request: Request) -> bytes:
+    """Raises BodyTooLarge, before the whole of it was read."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_ORDER_BYTES:
+            raise BodyTooLarge(f"The body is larger than {MAX_ORDER_BYTES} bytes.")
+    return bytes(body)
+
+
+def _add_reports(app: FastAPI, supervisor: Supervisor, ending: asyncio.Event) -> None:
+    @app.get("/instances")
+    async def instances() -> Response:
+        return answer({"instances": supervisor.reports()})
+
+    @app.get("/instances/{instance:path}/status")
+    async def status(instance: str) -> Response:
+        # An instance may itself be called `…/status`.
+        if not supervisor.has(instance) and supervisor.has(f"{instance}/status"):
+            return answer(supervisor.report(f"{instance}/status"))
+        return answer(await supervisor.status(instance))
+
+    @app.get("/instances/{instance:path}/logs")
+    async def logs(
+        instance: str, tail: Annotated[int, Query(ge=0, le=1_000_000)] = 200, follow: bool = False
+    ) -> Response:
+        if not supervisor.has(instance) and supervisor.has(f"{instance}/logs"):
+            return answer(supervisor.report(f"{instance}/logs"))
+        log = await asyncio.to_thread(supervisor.log, instance)
+        media_type = "text/plain; charset=utf-8"
+        if not follow:
+            text, _ = await asyncio.to_thread(log.tail, tail)
+            return Response(text, media_type=media_type)
+        return StreamingResponse(_until(ending, log.follow(tail)), media_type=media_type)
+
+    @app.get("/instances/{instance:path}")
+    async def report(instance: str) -> Response:
+        return answer(supervisor.report(instance))
+
+
+async def _until(ending: asyncio.Event, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        if ending.is_set():
+            return
+        yield chunk
