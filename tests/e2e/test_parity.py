@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -163,10 +164,8 @@ def vllm_server(demo_pool: PoolProcess, tmp_path_factory: pytest.TempPathFactory
         try:
             server.wait(30)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 @pytest.mark.parametrize("name", REQUESTS)
