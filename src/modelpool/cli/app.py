@@ -80,13 +80,16 @@ def up_command(
     screen = JsonLines(lambda line: print(line, flush=True)) if json else Terminal(Console())
     try:
         asyncio.run(up(settings, screen, with_demo=not no_demo))
-    except* StartupError as group:
-        error = _leaf(group)
+    except (StartupError, AlreadyRunning, OSError, ExceptionGroup) as raised:
         screen.close()
-        fail(str(error), error.hint if isinstance(error, StartupError) else "")
-    except* (AlreadyRunning, OSError) as group:
-        screen.close()
-        fail(f"{_leaf(group)}.", "`modelpool status` shows the pool; MODELPOOL_HOME names another home.")
+        error = _leaf(raised)
+        if isinstance(error, StartupError):
+            fail(str(error), error.hint)
+        if isinstance(error, AlreadyRunning):
+            fail(f"{error} in this home.", "`modelpool status` shows the pool; MODELPOOL_HOME names another home.")
+        if isinstance(error, OSError):
+            fail(f"{error}.", "docs/operations.md lists what a pool needs.")
+        raise
     finally:
         screen.close()
 
@@ -300,9 +303,8 @@ def _print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error inside a group of groups."""
-    error: BaseException = group
+def _leaf(error: BaseException) -> BaseException:
+    """The first error inside a group, or group of groups; the error itself where it is none."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

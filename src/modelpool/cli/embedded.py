@@ -138,8 +138,8 @@ class EmbeddedPool:
             async with asyncio.TaskGroup() as starting:
                 starting.create_task(self.gateway.start())
                 starting.create_task(self.worker.start())
-        except* StartupError as group:
-            raise group.exceptions[0] from None
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None  # one reason is enough, and the other child is ended anyway
 
     async def keep(self) -> None:
         """Keep all parts running, until cancelled."""
