@@ -123,7 +123,10 @@ def test_tool_calls_and_their_results_are_rendered_in_the_hermes_form() -> None:
 
 def test_arguments_of_a_tool_call_may_be_text_already() -> None:
     call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Well.", "tool_calls": [call]}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "Well.", "tool_calls": [call]},
+    ]
     assert 'Well.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>' in render(messages, prompt=False)
 
 

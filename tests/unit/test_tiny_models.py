@@ -57,8 +57,5 @@ def test_an_embedding_model_says_how_it_pools(tmp_path: Path) -> None:
     model = make_embedding_model(tmp_path / "embedding")
     pooling = json.loads((model / "1_Pooling" / "config.json").read_text())
     assert pooling == {"word_embedding_dimension": 128, "pooling_mode_lasttoken": True}
-    assert [module["path"] for module in json.loads((model / "modules.json").read_text())] == [
-        "",
-        "1_Pooling",
-        "2_Normalize",
-    ]
+    modules = json.loads((model / "modules.json").read_text())
+    assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
