@@ -153,13 +153,21 @@ class ForkserverDriver:
 
     def fork(self, instance: str) -> HostDriver:
         """Fork a host that has been told nothing yet."""
+        return self.end_fork(self.begin_fork(instance), instance)
+
+    def begin_fork(self, instance: str) -> socket.socket:
+        """Ask for a fork; returns our end of the host's control socket."""
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.link, [msgspec.json.encode(Fork(instance=instance))], [theirs.fileno()])
+        return ours
+
+    def end_fork(self, control: socket.socket, instance: str) -> HostDriver:
+        """Wait for the answer to the oldest fork that was asked for."""
         while not isinstance(message := self.receive(), Forked):
             self._note(message)
         assert message.instance == instance
-        return HostDriver(message.pid, ours)
+        return HostDriver(message.pid, control)
 
     def spec(self, model: ModelSpec, **changes: Any) -> HostSpec:
         spec = HostSpec(
