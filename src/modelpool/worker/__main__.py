@@ -205,12 +205,21 @@ def make_forkservers(
             kind, environment=environment, log_path=log_path, changed=changed.set, lazy=lazy, missing=missing
         )
 
+    offered = offered_engines(settings.worker.engines)
+    absent = {kind: f"MODELPOOL_ENGINES={settings.worker.engines} leaves it out" for kind in set(EngineKind) - offered}
     # Found, not imported: that is for the forkserver.
-    missing = "" if importlib.util.find_spec("vllm") else _NO_VLLM
-    return {
-        EngineKind.VLLM: make(EngineKind.VLLM, lazy=False, missing=missing),
-        EngineKind.FAKE: make(EngineKind.FAKE, lazy=True),
-    }
+    if EngineKind.VLLM in offered and not importlib.util.find_spec("vllm"):
+        absent[EngineKind.VLLM] = _NO_VLLM
+    return {kind: make(kind, lazy=kind is EngineKind.FAKE, missing=absent.get(kind, "")) for kind in EngineKind}
+
+
+def offered_engines(names: str) -> set[EngineKind]:
+    """The engine kinds of a comma-separated list. Raises StartupError for an unknown one."""
+    try:
+        return {EngineKind(name.strip()) for name in names.split(",") if name.strip()}
+    except ValueError as error:
+        known = ", ".join(EngineKind)
+        raise process.StartupError(f"MODELPOOL_ENGINES={names!r}: {error}.", f"Allowed: {known}.") from error
 
 
 def instance_logs(settings: Settings, home: Home) -> Callable[[str], InstanceLog]:
