@@ -6,10 +6,8 @@ not come by here.
 
 from __future__ import annotations
 
-import errno
 import hmac
 import logging
-import socket
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -30,7 +28,7 @@ from modelpool.errors import (
     error_body,
     error_headers,
 )
-from modelpool.process import StartupError
+from modelpool.tcp import bind_tcp as bind_tcp
 
 log = logging.getLogger(__name__)
 
@@ -117,22 +115,3 @@ class Server(uvicorn.Server):
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
-
-
-def bind_tcp(host: str, port: int, *, flag: str, variable: str) -> socket.socket:
-    """A bound, not yet listening TCP socket. Raises StartupError that names the flag and variable to change."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise StartupError(
-                f"{host}:{port} is taken by another process.", f"End it, or use another port: {flag}, {variable}."
-            ) from error
-        if error.errno == errno.EACCES:
-            raise StartupError(f"{host}:{port} needs privileges.", f"Use a port above 1023: {flag}.") from error
-        raise StartupError(f"{host}:{port} cannot be listened on: {error.strerror}.", f"See {flag}.") from error
-    return sock

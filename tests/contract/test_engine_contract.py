@@ -54,12 +54,12 @@ class TestFakeEngine(EngineContract):
     def test_a_crash_takes_the_process_after_its_tokens_were_sent(self, forkserver: ForkserverDriver) -> None:
         host = forkserver.start(echo(fake_crash_after_tokens=2))
         host.wait_loaded()
-        received = bytearray()
+        received: list[bytes] = []
         with httpx.stream("POST", host.url + CHAT, json=chat(stream=True), headers=AUTHORIZED) as answer:
             with pytest.raises(httpx.RemoteProtocolError):
-                received.extend(byte for chunk in answer.iter_raw() for byte in chunk)
+                _read_into(received, answer)
         assert forkserver.wait_exited(host.pid).status == -signal.SIGKILL
-        assert received.count(b'"delta":{"content":"') == 2
+        assert b"".join(received).count(b'"delta":{"content":"') == 2
 
     def test_the_capacity_of_the_worker_wins(self, forkserver: ForkserverDriver) -> None:
         host = forkserver.start(echo(fake_capacity=3), capacity=5)
@@ -68,6 +68,12 @@ class TestFakeEngine(EngineContract):
         assert loaded.capacity == 5
         host.shutdown(0)
         forkserver.wait_exited(host.pid)
+
+
+def _read_into(received: list[bytes], answer: httpx.Response) -> None:
+    """All chunks, also those before the connection broke."""
+    for chunk in answer.iter_raw():
+        received.append(chunk)
 
 
 # ---------------------------------------------------------------- the forkserver's own life

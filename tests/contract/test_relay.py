@@ -275,7 +275,7 @@ async def test_death_in_the_middle_is_a_failure_and_it_is_known_whether_a_chunk_
         over = asyncio.Event()
         exchange.when_over(over.set)
         await over.wait()
-        assert exchange.takes_chunk() is takes_chunk
+        assert exchange.takes_chunk is takes_chunk
         with pytest.raises(UpstreamFailed) as caught:
             await exchange.ended()
         assert caught.value.may_have_run

@@ -36,6 +36,8 @@ class ResponseHead:
     @property
     def ends_with_connection(self) -> bool:
         """Whether the body has no length of its own, so that only the connection's end shows it is complete."""
+        if self.status in (204, 304):
+            return False
         return not self.chunked and b"\r\ncontent-length:" not in self.lower
 
     @property
@@ -50,16 +52,18 @@ class ResponseHead:
             headers.append((name.lower(), value.strip()))
         return headers
 
-    def for_closing(self, *, framed: bool = True) -> bytes:
-        """This head for a connection that closes afterwards: hop-by-hop headers replaced by `Connection: close`.
+    def rewritten(self, *, close: bool, framed: bool = True) -> bytes:
+        """This head for another connection: headers for one hop left out, `Connection: close` added if it closes.
 
-        Without `framed` the chunked framing is announced no more: the caller sends the bare body (HTTP/1.0 clients).
+        Without `framed` chunked framing is announced no more: the caller sends the bare body (to HTTP/1.0 clients).
         """
         headers = self.headers()
         dropped = (HOP_BY_HOP | connection_options(headers)) - ({b"transfer-encoding"} if framed else set())
         lines = [self.raw[: self.raw.index(b"\r\n")]]
         lines += [b"%b: %b" % (name, value) for name, value in headers if name not in dropped]
-        return b"\r\n".join(lines) + b"\r\nConnection: close\r\n\r\n"
+        if close:
+            lines.append(b"Connection: close")
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 class BodyDecoder:

@@ -35,7 +35,7 @@ class Sink(Protocol):
 class Exchange:
     """One request and its response. It ends by itself when the response is complete or has failed, or by `close`."""
 
-    __slots__ = ("_connection", "_ended", "_paused", "head", "head_only", "reused", "sent_at", "sink")
+    __slots__ = ("_connection", "_ended", "_paused", "head", "head_only", "reused", "sent_at", "sink", "takes_chunk")
 
     def __init__(
         self, connection: _Connection, sink: Sink, ended: asyncio.Future[None], *, head_only: bool, reused: bool
@@ -48,6 +48,8 @@ class Exchange:
         self.head_only = head_only
         self.reused = reused
         self.sent_at = 0.0
+        self.takes_chunk = False
+        """After a failure: whether another chunk may follow what was passed on, since it ended between two chunks."""
 
     @property
     def over(self) -> bool:
@@ -82,11 +84,6 @@ class Exchange:
             self._paused = False
             self._connection.resume()
 
-    def takes_chunk(self) -> bool:
-        """Whether, after a failure, another chunk may follow what was passed on: it ended between two chunks."""
-        chunked = self.head is not None and self.head.chunked
-        return chunked and self._connection is not None and self._connection.between_chunks()
-
     def finish(self) -> None:
         """For the connection: the response is complete, the connection is no longer this exchange's."""
         if self._paused:
@@ -95,8 +92,9 @@ class Exchange:
         if not self._ended.done():
             self._ended.set_result(None)
 
-    def fail(self, error: EngineError) -> None:
+    def fail(self, error: EngineError, *, takes_chunk: bool) -> None:
         """For the connection: there will be no more of this response."""
+        self.takes_chunk = takes_chunk
         if not self._ended.done():
             self._ended.set_exception(error)
             self._ended.exception()  # nobody may be waiting; that is no error of its own
@@ -168,16 +166,6 @@ class _Connection(asyncio.Protocol):
         if self.usable:
             assert self._transport is not None
             self._transport.resume_reading()
-
-    def between_chunks(self) -> bool:
-        """Ask the parser, which knows: a last chunk completes the message only between two chunks."""
-        if self._complete or not self._final:
-            return False
-        try:
-            self._parser.feed_data(b"0\r\n\r\n")
-        except httptools.HttpParserError:
-            return False
-        return self._complete
 
     # Called by the loop
 
@@ -281,8 +269,19 @@ class _Connection(asyncio.Protocol):
     def _fail(self, error: EngineError) -> None:
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
-        exchange.fail(error)
+        chunked = exchange.head is not None and exchange.head.chunked
+        exchange.fail(error, takes_chunk=chunked and self._between_chunks())
         self.close()
+
+    def _between_chunks(self) -> bool:
+        """Ask the parser, which knows: a last chunk completes the message only between two chunks."""
+        if self._complete or not self._final:
+            return False
+        try:
+            self._parser.feed_data(b"0\r\n\r\n")
+        except httptools.HttpParserError:
+            return False
+        return self._complete
 
 
 class Pool:

@@ -1,0 +1,91 @@
+"""What the gateway answers: by route, to the engines, to the manager, or itself."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+
+from modelpool import __version__
+from modelpool.gateway.auth import Access
+from modelpool.gateway.connection import ClientConnection
+from modelpool.gateway.control import Control
+from modelpool.gateway.inference import Inference
+from modelpool.gateway.request import Request
+from modelpool.gateway.routes import Kind, match
+from modelpool.gateway.snapshots import SnapshotFeed
+from modelpool.gateway.table import Table
+from modelpool.messages.routing import ModelEntry
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """An entry of `GET /v1/models`, as OpenAI and vLLM have it."""
+
+    id: str
+    created: int
+    root: str
+    object: str = "model"
+    owned_by: str = "modelpool"
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class GatewayApp:
+    """Every request of a listener ends up here."""
+
+    def __init__(
+        self, access: Access, table: Table, feed: SnapshotFeed, inference: Inference, control: Control
+    ) -> None:
+        self._access = access
+        self._table = table
+        self._feed = feed
+        self._inference = inference
+        self._control = control
+
+    def admit(self, request: Request) -> None:
+        request.route = route = match(request.method, request.path)
+        self._access.check(request, route.scope)
+
+    async def serve(self, request: Request, client: ClientConnection) -> None:
+        route = request.route
+        assert route is not None
+        if route.kind is Kind.INFERENCE:
+            await self._inference.serve(request, route, client)
+        elif route.kind is Kind.CONTROL:
+            await self._control.serve(request, route, client)
+        elif route.kind is Kind.MODELS:
+            _answer(client, {"object": "list", "data": [_card(entry) for entry in self._table.entries()]})
+        elif route.kind is Kind.MODEL:
+            _answer(client, _card(self._table.model(_text(route.path)).entry))
+        elif route.kind is Kind.HEALTH:
+            _answer(client, self._health())
+        else:
+            _answer(client, {"name": "Model Pool", "version": __version__, "models": "/v1/models", "health": "/health"})
+
+    def _health(self) -> dict[str, object]:
+        """Always ok: that the gateway answers. How far it can be trusted is in the age of what it routes by."""
+        heard = self._feed.heard_at
+        age = None if heard is None else round(asyncio.get_running_loop().time() - heard, 3)
+        return {
+            "status": "ok",
+            "version": __version__,
+            "snapshot": {
+                "epoch": self._table.epoch or None,
+                "sequence": self._table.sequence,
+                "age_s": age,
+                "connected": self._feed.connected,
+            },
+        }
+
+
+def _answer(client: ClientConnection, value: object) -> None:
+    client.answer(200, msgspec.json.encode(value))
+
+
+def _text(path: bytes) -> str:
+    return unquote_to_bytes(path).decode("utf-8", "replace")
+
+
+def _card(entry: ModelEntry) -> ModelCard:
+    return ModelCard(id=entry.alias, created=entry.created, root=entry.alias, max_model_len=entry.max_model_len)

@@ -1,0 +1,91 @@
+"""Requests for a model: choose an instance, pass bytes, and go elsewhere when that one cannot have begun."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from modelpool.errors import Draining, EngineError
+from modelpool.gateway.body import model_of
+from modelpool.gateway.connection import ClientConnection
+from modelpool.gateway.instances import Instance
+from modelpool.gateway.passing import PassThrough
+from modelpool.gateway.request import Request
+from modelpool.gateway.routes import Route
+from modelpool.gateway.table import Table
+from modelpool.relay import encode_request
+
+log = logging.getLogger(__name__)
+
+
+class _Error(msgspec.Struct, frozen=True):
+    code: str | int | None = None
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    error: _Error = _Error()
+
+
+class Inference:
+    """Serves the inference routes by the routing table."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
+        """Raises PoolError before the first byte of an answer."""
+        alias = model_of(request.body)
+        tried: list[Instance] = []
+        while True:
+            choice = self._table.model(alias).choose(tried)
+            with choice.chosen.lease():
+                try:
+                    await self._send(request, route, choice.chosen, client)
+                    return
+                except (EngineError, Draining) as error:
+                    if client.answered or (isinstance(error, EngineError) and error.may_have_run):
+                        raise
+                    log.info("%s did not take a request (%s), trying another instance", choice.chosen.name, error)
+            tried.append(choice.chosen)
+
+    async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> None:
+        """To this instance; once more on a new connection if the pooled one turns out to have been closed."""
+        upstream = encode_request(
+            request.method,
+            b"%b%b%b" % (instance.prefix, route.path, request.query),
+            request.headers,
+            fixed=instance.fixed,
+            body=request.body,
+        )
+        if not await _attempt(instance, upstream, request, client, fresh=False):
+            await _attempt(instance, upstream, request, client, fresh=True)
+
+
+async def _attempt(
+    instance: Instance, upstream: bytes, request: Request, client: ClientConnection, *, fresh: bool
+) -> bool:
+    """False if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
+    sink = PassThrough(request, client, hold_503=True)
+    exchange = await instance.pool.send(upstream, sink, fresh=fresh)
+    client.attach(exchange)
+    try:
+        await exchange.ended()
+    except EngineError as error:
+        if not error.may_have_run and not fresh:
+            return False
+        sink.break_off(exchange, error)
+    finally:
+        client.detach()
+    if (held := sink.held_body) is not None:
+        if _is_draining(held):
+            raise Draining(f"The instance {instance.name} takes no new requests.")
+        sink.release()
+    return True
+
+
+def _is_draining(body: bytes) -> bool:
+    try:
+        return msgspec.json.decode(body, type=_Envelope).error.code == Draining.code
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False

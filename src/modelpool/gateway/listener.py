@@ -1,0 +1,78 @@
+"""The listening socket and the connections that came through it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from modelpool.gateway.connection import Application, ClientConnection, Limits
+
+_BACKLOG = 4096
+_CHECK_S = 1.0
+
+
+class Listener:
+    """The connections of one socket. Use `listening`."""
+
+    def __init__(self) -> None:
+        self.ending = False
+        self._connections: set[ClientConnection] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def joined(self, connection: ClientConnection) -> None:
+        self._connections.add(connection)
+        self._empty.clear()
+
+    def left(self, connection: ClientConnection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    async def enforce_deadlines(self) -> None:
+        """One timer for all connections: one each would cost more than the rest of their reading."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            now = loop.time()
+            for connection in list(self._connections):
+                connection.check(now)
+
+    async def end(self, grace_s: float) -> None:
+        """Let what is being served finish for up to `grace_s`, then cut it. Returns when all of it has ended."""
+        self.ending = True
+        for connection in list(self._connections):
+            connection.end()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._empty.wait()
+        except TimeoutError:
+            for connection in list(self._connections):
+                connection.abort()
+            await self._empty.wait()
+
+
+@asynccontextmanager
+async def listening(
+    sock: socket.socket, app: Application, limits: Limits, *, grace_s: float
+) -> AsyncIterator[Listener]:
+    """Serve `app` on a bound socket. Left, no connection and no request of it is alive."""
+    loop = asyncio.get_running_loop()
+    listener = Listener()
+    server = await loop.create_server(
+        lambda: ClientConnection(app, listener, limits, loop), sock=sock, backlog=_BACKLOG
+    )
+    async with asyncio.TaskGroup() as tasks:
+        deadlines = tasks.create_task(listener.enforce_deadlines())
+        try:
+            yield listener
+        finally:
+            server.close()
+            await listener.end(grace_s)
+            deadlines.cancel()

@@ -1,0 +1,92 @@
+"""A response on its way from an upstream to the client: the bytes as they come."""
+
+from __future__ import annotations
+
+from modelpool.errors import EngineError
+from modelpool.gateway.answer import error_event
+from modelpool.gateway.connection import ClientConnection
+from modelpool.gateway.request import Request
+from modelpool.relay import Exchange, ResponseHead
+from modelpool.relay.response import BodyDecoder
+
+_HELD_MAX = 64 << 10
+
+
+class PassThrough:
+    """A Sink that writes to the client.
+
+    With `hold_503` an answer of that status is held back: it may be an instance saying that it takes no new requests,
+    which the client need not see. `release` lets it go.
+    """
+
+    __slots__ = ("_client", "_decoder", "_head", "_held", "_hold_503", "_request")
+
+    def __init__(self, request: Request, client: ClientConnection, *, hold_503: bool = False) -> None:
+        self._request = request
+        self._client = client
+        self._hold_503 = hold_503
+        self._head: ResponseHead | None = None
+        self._held: bytearray | None = None
+        self._decoder: BodyDecoder | None = None
+
+    def head(self, head: ResponseHead) -> None:
+        self._head = head
+        if self._hold_503 and head.status == 503:
+            self._held = bytearray()
+        else:
+            self._pass_head(head)
+
+    def data(self, data: bytes) -> None:
+        if self._held is not None:
+            self._held += data
+            if len(self._held) > _HELD_MAX:
+                self.release()
+        elif self._decoder is not None:
+            for piece in self._decoder.feed(data):
+                self._client.write(piece)
+        else:
+            self._client.write(data)
+
+    @property
+    def held_body(self) -> bytes | None:
+        """The body of the answer that is held back, if one is."""
+        if self._held is None or self._head is None:
+            return None
+        return b"".join(BodyDecoder().feed(self._head.raw + self._held))
+
+    def release(self) -> None:
+        """Let go what is held back, if anything is."""
+        if self._held is not None and self._head is not None:
+            held, self._held = bytes(self._held), None
+            self._pass_head(self._head)
+            self.data(held)
+
+    def break_off(self, exchange: Exchange, error: EngineError) -> None:
+        """The answer cannot go on. Raises `error` where the client cannot be told in the answer itself.
+
+        An event stream gets a last event; anything else breaks off, so that nobody takes it for whole.
+        """
+        head = self._head
+        if not self._client.answered or head is None or not head.event_stream:
+            raise error
+        chunked = head.chunked and self._decoder is None
+        if chunked and not exchange.takes_chunk:
+            raise error
+        if not chunked and not head.chunked and not head.ends_with_connection:
+            raise error
+        self._client.close_after()
+        self._client.write(error_event(error, chunked=chunked))
+
+    def _pass_head(self, head: ResponseHead) -> None:
+        request, client = self._request, self._client
+        if head.ends_with_connection and not request.head_only:
+            client.close_after()
+        if request.http10:
+            if head.chunked and not request.head_only:
+                self._decoder = BodyDecoder()
+                self._decoder.feed(head.raw)
+            client.write(head.rewritten(close=True, framed=False))
+        elif client.closes or head.names_connection:
+            client.write(head.rewritten(close=client.closes))
+        else:
+            client.write(head.raw)

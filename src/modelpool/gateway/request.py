@@ -1,0 +1,34 @@
+"""A client's request, as the listener parsed it."""
+
+from __future__ import annotations
+
+from modelpool.errors import PoolError
+from modelpool.gateway.routes import Route
+
+
+class Request:
+    """One request. `path` and `query` (with its question mark) are as sent; header names are in lower case.
+
+    `by_name` holds each header's last value. `route` and `refusal` are set when the head is there: what it is for, or
+    why it is refused. `body` is whole by the time the request is served.
+    """
+
+    __slots__ = ("body", "by_name", "headers", "http10", "keep_alive", "method", "path", "query", "refusal", "route")
+
+    def __init__(
+        self, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], *, http10: bool, keep_alive: bool
+    ) -> None:
+        self.method = method
+        self.path, mark, query = target.partition(b"?")
+        self.query = mark + query
+        self.headers = headers
+        self.by_name = dict(headers)
+        self.http10 = http10
+        self.keep_alive = keep_alive
+        self.body = b""
+        self.route: Route | None = None
+        self.refusal: PoolError | None = None
+
+    @property
+    def head_only(self) -> bool:
+        return self.method == b"HEAD"

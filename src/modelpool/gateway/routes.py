@@ -1,0 +1,114 @@
+"""The gateway's HTTP surface as a table: what a method and a path are for, who may, and which path serves it."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+from modelpool.errors import MethodNotAllowed, RouteNotFound
+
+
+class Kind(Enum):
+    INFERENCE = auto()
+    """Goes to an instance of the model that the body names."""
+    CONTROL = auto()
+    """Goes to the control socket."""
+    MODELS = auto()
+    MODEL = auto()
+    HEALTH = auto()
+    INDEX = auto()
+
+
+class Scope(Enum):
+    """Who may use a route: `auth.Access` knows what each asks for."""
+
+    OPEN = auto()
+    INFERENCE = auto()
+    ADMIN = auto()
+    WORKER = auto()
+
+
+class Route(NamedTuple):
+    """`path` is the one that serves it: the engine's, the manager's, or (MODEL) the id as it stands in the path."""
+
+    kind: Kind
+    scope: Scope
+    path: bytes
+
+
+# Exactly as vLLM's routers have them: some it serves below /v1, some at the root, some at both.
+_ENGINE_PATHS = (
+    b"/v1/chat/completions",
+    b"/v1/completions",
+    b"/v1/embeddings",
+    b"/v1/responses",
+    b"/v1/messages",
+    b"/v1/messages/count_tokens",
+    b"/v1/rerank",
+    b"/v2/rerank",
+    b"/rerank",
+    b"/v1/score",
+    b"/score",
+    b"/pooling",
+    b"/classify",
+    b"/tokenize",
+    b"/detokenize",
+)
+_POST = ("POST",)
+_GET = ("GET", "HEAD")
+_ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
+def _inference_routes() -> dict[bytes, Route]:
+    """Each engine path, and the same with `/v1` taken off or put before it: base URLs come either way."""
+    served = {path: path for path in _ENGINE_PATHS}
+    for path in _ENGINE_PATHS:
+        other = path[3:] if path.startswith(b"/v1/") else b"/v1" + path
+        if not path.startswith(b"/v2/"):
+            served.setdefault(other, path)
+    return {path: Route(Kind.INFERENCE, Scope.INFERENCE, engine) for path, engine in served.items()}
+
+
+INFERENCE = _inference_routes()
+_LOCAL = {
+    b"/": Route(Kind.INDEX, Scope.OPEN, b"/"),
+    b"/health": Route(Kind.HEALTH, Scope.OPEN, b"/health"),
+    b"/v1/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
+    b"/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
+}
+_REGISTER = Route(Kind.CONTROL, Scope.ADMIN, b"/admin/models/register")
+
+
+def match(method: bytes, path: bytes) -> Route:
+    """Raises RouteNotFound, or MethodNotAllowed with the methods that are."""
+    route, allowed = _find(method, path)
+    if route is None:
+        raise RouteNotFound(f"There is no route {_shown(path)}.")
+    name = method.decode("latin-1")
+    if name not in allowed:
+        raise MethodNotAllowed(name, _shown(path), allowed)
+    return route
+
+
+def _find(method: bytes, path: bytes) -> tuple[Route | None, tuple[str, ...]]:
+    """The route of a path, and its methods."""
+    if route := INFERENCE.get(path):
+        return route, _POST
+    if route := _LOCAL.get(path):
+        return route, _GET
+    if path == b"/v1/models/register" and method not in (b"GET", b"HEAD"):
+        return _REGISTER, _POST  # a GET asks for a model of that name
+    for prefix in (b"/v1/models/", b"/models/"):
+        if path.startswith(prefix) and len(path) > len(prefix):
+            return Route(Kind.MODEL, Scope.INFERENCE, path[len(prefix) :]), _GET
+    if path == b"/workers" or path.startswith(b"/workers/"):
+        reading = method in (b"GET", b"HEAD")
+        return Route(Kind.CONTROL, Scope.ADMIN if reading else Scope.WORKER, path), _ANY
+    if path.startswith(b"/admin/"):
+        return Route(Kind.CONTROL, Scope.ADMIN, path), _ANY
+    return None, ()
+
+
+def _shown(path: bytes) -> str:
+    text = path.decode("utf-8", "replace")
+    return text if len(text) <= 200 else text[:199] + "…"

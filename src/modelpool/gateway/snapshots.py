@@ -1,0 +1,87 @@
+"""Keeps the routing table as the manager says: follows its stream of snapshots, and opens it again when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from modelpool.errors import PoolError
+from modelpool.gateway.table import Gap, Table
+from modelpool.messages.routing import KEEPALIVE_S, Update
+from modelpool.relay import Pool, Response, encode_request, fetch, fixed_headers
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 3 * KEEPALIVE_S
+RETRY_INITIAL_S = 0.05
+RETRY_MAX_S = 0.5
+_LINE_MAX = 256 << 20
+
+
+class Broken(Exception):
+    """The stream of snapshots cannot be followed any further. Says why."""
+
+
+class SnapshotFeed:
+    """Follows the manager. While it is away the table stays as it was last."""
+
+    def __init__(self, table: Table, control: Pool) -> None:
+        self._table = table
+        self._control = control
+        self._decoder: msgspec.json.Decoder[Update] = msgspec.json.Decoder(Update)
+        self.heard_at: float | None = None
+        """When the manager was last heard, on the loop's clock."""
+        self.connected = False
+
+    async def follow(self) -> None:
+        """Until cancelled."""
+        pause = RETRY_INITIAL_S
+        while True:
+            try:
+                await self._follow_once()
+            except (PoolError, Broken, Gap, TimeoutError) as error:
+                log.log(logging.WARNING if self.connected else logging.DEBUG, "the manager is away: %s", error)
+            if self.connected:
+                pause = RETRY_INITIAL_S
+            self.connected = False
+            await asyncio.sleep(pause)
+            pause = min(RETRY_MAX_S, pause * 2)
+
+    async def _follow_once(self) -> None:
+        request = encode_request(b"GET", b"/snapshots", [], fixed=fixed_headers(self._control.endpoint))
+        async with asyncio.timeout(SILENCE_S) as silence, fetch(self._control, request) as response:
+            if response.status != 200:
+                raise Broken(f"its answer has status {response.status}")
+            loop = asyncio.get_running_loop()
+            async for line in _lines(response):
+                self.heard_at = loop.time()
+                silence.reschedule(self.heard_at + SILENCE_S)
+                if line:
+                    self._apply(line)
+        raise Broken("it ended the stream")
+
+    def _apply(self, line: bytes) -> None:
+        try:
+            self._table.apply(self._decoder.decode(line))
+        except msgspec.DecodeError as error:
+            raise Broken(f"its snapshot makes no sense: {error}") from error
+        if not self.connected:
+            self.connected = True
+            log.info("following the manager, epoch %s", self._table.epoch)
+
+
+async def _lines(response: Response) -> AsyncIterator[bytes]:
+    """Lines without their ends."""
+    unread = bytearray()
+    async for piece in response:
+        unread += piece
+        if b"\n" in piece:
+            *lines, rest = bytes(unread).split(b"\n")
+            unread = bytearray(rest)
+            for line in lines:
+                yield line
+        elif len(unread) > _LINE_MAX:
+            raise Broken("its line has no end")

@@ -1,0 +1,105 @@
+"""The routing table: the last snapshot with the deltas since, as this gateway routes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from modelpool.core.routing.choice import Choice, least_loaded
+from modelpool.core.routing.nearest import nearest
+from modelpool.errors import CapacityError, ManagerAway, ModelNotFound, ModelNotReady, NoAvailableWorker
+from modelpool.gateway.instances import Instance, Instances
+from modelpool.messages.routing import Delta, ModelEntry, Snapshot, Unavailable, Update
+
+RETRY_S = 1.0
+_NAME_SHOWN_MAX = 128
+
+
+class Gap(Exception):
+    """An update does not follow the one before: something was missed."""
+
+
+class Model:
+    """A registered model and its instances."""
+
+    __slots__ = ("_turn", "entry", "instances")
+
+    def __init__(self, entry: ModelEntry, instances: tuple[Instance, ...]) -> None:
+        self.entry = entry
+        self.instances = instances
+        self._turn = -1
+
+    def choose(self, tried: Collection[Instance] = ()) -> Choice[Instance]:
+        """The instance for a request that was at `tried` already. Raises CapacityError when there is none."""
+        candidates = self.instances
+        if not candidates:
+            raise _unavailable(self.entry)
+        if tried:
+            candidates = tuple(each for each in candidates if each not in tried)
+            if not candidates:
+                raise ModelNotReady(
+                    f"No instance of the model `{self.entry.alias}` takes requests right now.", retry_after=RETRY_S
+                )
+        self._turn += 1
+        return least_loaded(candidates, self._turn)
+
+
+class Table:
+    """Models by alias. Empty and not `known` before the first snapshot."""
+
+    def __init__(self, instances: Instances) -> None:
+        self._instances = instances
+        self._models: dict[str, Model] = {}
+        self.epoch = ""
+        self.sequence = 0
+
+    @property
+    def known(self) -> bool:
+        return bool(self.epoch)
+
+    def model(self, alias: str) -> Model:
+        """Raises ModelNotFound, or ManagerAway while nothing is known at all."""
+        model = self._models.get(alias)
+        if model is None:
+            self._must_be_known()
+            shown = alias if len(alias) <= _NAME_SHOWN_MAX else alias[: _NAME_SHOWN_MAX - 1] + "…"
+            raise ModelNotFound(shown, nearest(alias, self._models))
+        return model
+
+    def entries(self) -> list[ModelEntry]:
+        """All registered models. Raises ManagerAway while nothing is known."""
+        self._must_be_known()
+        return [model.entry for model in self._models.values()]
+
+    def apply(self, update: Update) -> None:
+        """Raises Gap, having changed nothing."""
+        if isinstance(update, Snapshot):
+            self._models = {alias: self._adopt(entry) for alias, entry in update.models.items()}
+        else:
+            self._check(update)
+            changed = {alias: self._adopt(entry) for alias, entry in update.changed.items()}
+            kept = {alias: model for alias, model in self._models.items() if alias not in update.removed}
+            self._models = {**kept, **changed}
+        self.epoch, self.sequence = update.epoch, update.sequence
+        self._instances.keep_only({route for model in self._models.values() for route in model.entry.routes})
+
+    def _check(self, delta: Delta) -> None:
+        if (delta.epoch, delta.sequence) != (self.epoch, self.sequence + 1):
+            raise Gap(f"{delta.epoch}/{delta.sequence} does not follow {self.epoch}/{self.sequence}")
+
+    def _adopt(self, entry: ModelEntry) -> Model:
+        before = self._models.get(entry.alias)
+        if before is not None and before.entry == entry:
+            return before
+        return Model(entry, tuple(map(self._instances.of, entry.routes)))
+
+    def _must_be_known(self) -> None:
+        if not self.known:
+            raise ManagerAway("The gateway has not heard yet which models there are.", retry_after=RETRY_S)
+
+
+def _unavailable(entry: ModelEntry) -> CapacityError:
+    why = entry.unavailable or Unavailable(
+        code=ModelNotReady.code, message=f"The model `{entry.alias}` is not ready.", retry_after=RETRY_S
+    )
+    kind = NoAvailableWorker if why.code == NoAvailableWorker.code else ModelNotReady
+    return kind(why.message, retry_after=why.retry_after, code=why.code)

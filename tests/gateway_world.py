@@ -1,0 +1,209 @@
+"""A small world for the gateway: its listener in this process, upstreams and a manager made of raw sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from modelpool.gateway.app import GatewayApp
+from modelpool.gateway.auth import Access
+from modelpool.gateway.connection import Limits
+from modelpool.gateway.control import Control
+from modelpool.gateway.inference import Inference
+from modelpool.gateway.instances import Instances
+from modelpool.gateway.listener import Listener, listening
+from modelpool.gateway.snapshots import SnapshotFeed
+from modelpool.gateway.table import Table
+from modelpool.messages.routing import ModelEntry, Route, Snapshot, Unavailable
+from modelpool.relay import Endpoint, Pools
+from modelpool.tcp import bind_tcp
+
+ADMIN_KEY = "the-admin-key"
+API_KEY = "the-api-key"
+TOKEN = "the-cluster-token"
+
+
+def entry(alias: str, endpoints: Iterable[Endpoint], *, prefix: str = "", capacity: int = 4) -> ModelEntry:
+    """A model with an instance at each endpoint."""
+    routes = tuple(
+        Route(
+            instance=f"{alias}-r{number}" if number > 1 else alias,
+            worker_id="w",
+            host=endpoint.host,
+            port=endpoint.port,
+            prefix=prefix,
+            capacity=capacity,
+        )
+        for number, endpoint in enumerate(endpoints, 1)
+    )
+    starting = Unavailable(code="model_not_ready", message=f"The model `{alias}` is starting.", retry_after=7.0)
+    return ModelEntry(alias=alias, created=1, routes=routes, unavailable=None if routes else starting)
+
+
+def snapshot_of(*entries: ModelEntry, epoch: str = "e1", sequence: int = 1) -> Snapshot:
+    return Snapshot(epoch=epoch, sequence=sequence, models={each.alias: each for each in entries})
+
+
+class World:
+    """A gateway and what it is made of."""
+
+    def __init__(self, endpoint: Endpoint, table: Table, instances: Instances, feed: SnapshotFeed, listener: Listener):
+        self.endpoint = endpoint
+        self.table = table
+        self.instances = instances
+        self.feed = feed
+        self.listener = listener
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.endpoint}"
+
+    async def connect(self) -> Client:
+        return Client(*await asyncio.open_connection(*self.endpoint))
+
+    async def ask(self, raw: bytes) -> Answer:
+        """Send bytes on a connection of their own, and take one answer."""
+        client = await self.connect()
+        try:
+            return await client.ask(raw)
+        finally:
+            client.close()
+
+    async def until_idle(self) -> None:
+        """Wait until nothing is in flight to any instance."""
+        async with asyncio.timeout(5):
+            while self.instances.inflight:
+                await asyncio.sleep(0.001)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """`raw` is all of it; `body` has the framing taken off."""
+
+    raw: bytes
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return msgspec.json.decode(self.body)
+
+    @property
+    def code(self) -> str:
+        return str(self.json["error"]["code"])
+
+    @property
+    def message(self) -> str:
+        return str(self.json["error"]["message"])
+
+
+class Client:
+    """One connection of a client that checks every byte it gets."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, raw: bytes) -> None:
+        self.writer.write(raw)
+
+    async def ask(self, raw: bytes) -> Answer:
+        self.send(raw)
+        return await self.answer(head_only=raw.startswith(b"HEAD "))
+
+    async def answer(self, *, head_only: bool = False) -> Answer:
+        """Read one answer by its own framing."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        status_line, *lines = head.decode("latin-1").split("\r\n")[:-2]
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        status = int(status_line.split()[1])
+        raw, body = head, b""
+        if head_only or status in (204, 304) or status < 200:
+            pass
+        elif headers.get("transfer-encoding") == "chunked":
+            while True:
+                size = await self.reader.readuntil(b"\r\n")
+                data = await self.reader.readexactly(int(size, 16) + 2)
+                assert data.endswith(b"\r\n")
+                raw, body = raw + size + data, body + data[:-2]
+                if len(data) == 2:
+                    break
+        elif "content-length" in headers:
+            body = await self.reader.readexactly(int(headers["content-length"]))
+            raw += body
+        else:
+            body = await self.reader.read()
+            raw += body
+        return Answer(raw, status, headers, body)
+
+    async def at_end(self) -> bool:
+        """Whether the gateway closes now, having said nothing more."""
+        with contextlib.suppress(ConnectionError):
+            return await self.reader.read(1) == b""
+        return True
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def abort(self) -> None:
+        self.writer.transport.abort()
+
+
+def request(
+    method: str, target: str, body: bytes = b"", headers: Mapping[str, str] | None = None, *, version: str = "1.1"
+) -> bytes:
+    fields = {"Host": "localhost", **(headers or {})}
+    if body:
+        fields["Content-Length"] = str(len(body))
+    lines = [f"{method} {target} HTTP/{version}", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chat(model: str = "m", *, headers: Mapping[str, str] | None = None, version: str = "1.1", **more: object) -> bytes:
+    """A chat request for a model."""
+    body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "hello"}], **more})
+    return request(
+        "POST",
+        "/v1/chat/completions",
+        body,
+        {"Content-Type": "application/json", **(headers or {})},
+        version=version,
+    )
+
+
+@asynccontextmanager
+async def gateway(
+    *entries: ModelEntry,
+    home: Path | None = None,
+    api_key: str = "",
+    local: bool = True,
+    limits: Limits | None = None,
+    grace_s: float = 0.1,
+    follow: bool = False,
+) -> AsyncIterator[World]:
+    """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
+    upstreams, controls = Pools(connect_timeout_s=1.0), Pools(connect_timeout_s=1.0)
+    control = controls.pool(Endpoint.unix((home or Path("/nonexistent")) / "control.sock"))
+    instances = Instances(upstreams, TOKEN)
+    table = Table(instances)
+    feed = SnapshotFeed(table, control)
+    if not follow:
+        table.apply(snapshot_of(*entries))
+    access = Access(api_key=api_key, admin_key=ADMIN_KEY, cluster_token=TOKEN, local=local)
+    app = GatewayApp(access, table, feed, Inference(table), Control(control))
+    sock: socket.socket = bind_tcp("127.0.0.1", 0, flag="", variable="")
+    async with asyncio.TaskGroup() as tasks:
+        following = [tasks.create_task(feed.follow())] if follow else []
+        async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:
+            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, listener)
+        for task in following:
+            task.cancel()
+    upstreams.close()
+    controls.close()
