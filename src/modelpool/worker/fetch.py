@@ -149,7 +149,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     with _reported_progress(cache, files, commit):
         path = huggingface_hub.snapshot_download(
             repository,
-            revision=commit,
+            revision=revision,  # by name, so that it is found by name when the hub is away
             allow_patterns=[glob.escape(file.name) for file in files],
             etag_timeout=_HUB_TIMEOUT_S,
         )

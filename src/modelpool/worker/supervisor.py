@@ -282,7 +282,10 @@ class Supervisor:
 
 @asynccontextmanager
 async def running_supervisor(supervisor: Supervisor, end_drain_s: float) -> AsyncIterator[Supervisor]:
-    """A supervisor that takes orders. On the way out all instances, and then the forkservers, have ended."""
+    """A supervisor that takes orders. On the way out all instances, and then the forkservers, have ended.
+
+    Cancelled, it ends them at once: requests in flight have no time to end.
+    """
     async with asyncio.TaskGroup() as tasks:
         supervisor.attach(tasks)
         services = [tasks.create_task(supervisor.rotate_logs(), name="log rotation")]
@@ -291,8 +294,8 @@ async def running_supervisor(supervisor: Supervisor, end_drain_s: float) -> Asyn
         ]
         try:
             yield supervisor
-        finally:
             await supervisor.close(end_drain_s)
+        finally:
             for service in services:
                 service.cancel()
 
