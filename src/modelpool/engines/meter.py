@@ -13,6 +13,10 @@ from modelpool.engines.engine import ASGIApp, Message, Receive, Scope, Send
 from modelpool.errors import Draining, PoolError, Unauthorized, error_body, error_headers
 
 
+# Answered by the tokenizer alone; their times would hide what the engine needs.
+_UNTIMED = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+
+
 @dataclass
 class Mean:
     """The last of a series of seconds, and the mean over all."""
@@ -35,8 +39,8 @@ class Meter:
     """ASGI middleware: token, in-flight count, times, and no new work while draining.
 
     A POST or a WebSocket is inference and counts; a GET does not. `inflight` goes back on every way out: answered,
-    refused, failed, cancelled. Times are those of answered requests (status below 400): `ttft` to the first byte of
-    the body, `e2e` to its last one. `receive` is handed on as it is, so that the engine sees clients leave, and
+    refused, failed, cancelled. Times are those of requests that the engine answered (status below 400, tokenizing left
+    out): `ttft` to the first byte of the body, `e2e` to its last one. `receive` is handed on as it is, so that the engine sees clients leave, and
     nothing is buffered.
     """
 
@@ -63,7 +67,7 @@ class Meter:
             await _refuse(scope, send, Draining("This instance takes no new requests.", retry_after=1))
         else:
             with self._counted():
-                await self._app(scope, receive, self._timed(send))
+                await self._app(scope, receive, send if scope["path"] in _UNTIMED else self._timed(send))
 
     async def idle(self) -> None:
         """Return once nothing is in flight."""
