@@ -15,11 +15,13 @@ from typing import Any
 import msgspec
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpool.errors import (
     InternalError,
+    InvalidBody,
     InvalidRequest,
     MethodNotAllowed,
     PoolError,
@@ -66,12 +68,19 @@ def render_errors(app: FastAPI) -> None:
             return error_response(MethodNotAllowed(request.method, path, allowed))
         return error_response(InvalidRequest(str(error.detail)))
 
+    async def bad_parameter(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        field = str(first["loc"][-1])
+        return error_response(InvalidBody(f"`{field}`: {first['msg']}, got {first.get('input')!r}.", param=field))
+
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return error_response(InternalError("Something went wrong here; the log of this service says what."))
 
     app.add_exception_handler(PoolError, pool_error)
     app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, bad_parameter)
     app.add_exception_handler(Exception, unexpected)
 
 

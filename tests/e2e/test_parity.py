@@ -206,7 +206,7 @@ _COUNTING = {"sequence_number", "completion_tokens", "total_tokens"}
 
 
 def comparable(text: str) -> Any:
-    """A body without ids and times, floats rounded; a stream as its kinds of events in order, and what they add up to."""
+    """A body without ids and times, floats rounded; a stream as its kinds of events, and what they add up to."""
     text = _TIME.sub(r'"\1":0', _ID.sub(r'"\1":"*"', text))
     text = _FLOAT.sub(lambda match: f"{float(match[0]):.2f}", text)
     if not text.startswith(("data: ", "event: ")):
