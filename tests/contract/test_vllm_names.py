@@ -1,0 +1,74 @@
+"""Every name of vLLM that is used and that another version might move, tried in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CHECKS = """
+import argparse, inspect, logging
+
+from modelpool.engines.vllm.imports import preload
+preload()
+
+# What an engine reaches into.
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import BackgroundResources, MPClient
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter, StatLoggerManager
+parameters = inspect.signature(AsyncLLM.from_vllm_config).parameters
+assert {"vllm_config", "usage_context", "stat_loggers", "enable_log_requests", "disable_log_stats"} <= set(parameters)
+assert "timeout" in inspect.signature(AsyncLLM.shutdown).parameters
+assert callable(AsyncLLM.get_num_unfinished_requests) and callable(AsyncLLM.reset_mm_cache)
+assert "engine_manager" in BackgroundResources.__annotations__
+assert "self.processes" in inspect.getsource(CoreEngineProcManager.__init__)
+assert "self.logger_manager" in inspect.getsource(AsyncLLM.__init__)
+assert "self.stat_loggers" in inspect.getsource(StatLoggerManager.__init__)
+assert "self.per_engine_stat_loggers" in inspect.getsource(PerEngineStatLoggerAdapter.__init__)
+
+# The scheduler's figures.
+from vllm.v1.metrics.stats import SchedulerStats
+stats = SchedulerStats()
+assert (stats.num_running_reqs, stats.kv_cache_usage) == (0, 0.0)
+
+# Where vLLM logs the exception that ends a process.
+import vllm.v1.engine.core, vllm.v1.executor.multiproc_executor
+from modelpool.engines.vllm import reasons
+for name in reasons._LOGGERS:
+    __import__(name)
+    assert name in logging.root.manager.loggerDict, name
+assert "failed to start" in inspect.getsource(vllm.v1.executor.multiproc_executor)
+
+# That the start method is the environment's, read when a process is started.
+import os
+from vllm.utils.system_utils import get_mp_context
+os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+assert get_mp_context().get_start_method() == "fork"
+
+# The parser: names with dashes, flags with their opposites, lists.
+from modelpool.engines.vllm.arguments import new_parser, rendered
+parser = new_parser()
+assert rendered(parser, "enforce_eager", True) == ["--enforce-eager"]
+assert rendered(parser, "enable_prefix_caching", False) == ["--no-enable-prefix-caching"]
+assert rendered(parser, "max_num_seqs", 4) == ["--max-num-seqs=4"]
+assert rendered(parser, "served_model_name", ["a", "b"]) == ["--served-model-name", "a", "b"]
+assert rendered(parser, "allowed_origins", ["*"]) == ['--allowed-origins=["*"]']
+assert rendered(parser, "hf_overrides", {"a": 1}) == ['--hf-overrides={"a": 1}']
+assert rendered(parser, "max_model_len", None) == []
+assert rendered(parser, "middleware", ["a.b", "c.d"]) == ["--middleware=a.b", "--middleware=c.d"]
+
+# The registry of architectures.
+from vllm.model_executor.models.registry import ModelRegistry
+known = ModelRegistry.models["Qwen3ForCausalLM"]
+ModelRegistry.register_model("Qwen3ForCausalLM", known.load_model_cls())
+assert ModelRegistry.models["Qwen3ForCausalLM"].inspect_model_cls().is_text_generation_model
+
+# What the preload leaves behind is safe to fork.
+assert len(os.listdir("/proc/self/task")) == 1
+print("all there")
+"""
+
+
+def test_the_names_of_vllm_that_are_used_are_there() -> None:
+    result = subprocess.run([sys.executable, "-c", CHECKS], capture_output=True, text=True, timeout=240)
+    assert result.stdout.endswith("all there\n"), result.stderr[-3000:]
