@@ -32,8 +32,10 @@ def model_path() -> Path:
 def engine_args() -> dict[str, Any]:
     """vLLM arguments that keep the demo small: it starts in seconds and leaves the accelerator to other models.
 
-    `kv_cache_memory_bytes` bounds the KV cache on GPU and CPU alike, is not a share of what other engines have left,
-    and lets the CPU skip its warm-up. (`VLLM_CPU_KVCACHE_SPACE` would win over it, and counts in whole GiB.)
+    `kv_cache_memory_bytes` (64 MiB: 32,768 tokens) bounds the KV cache on GPU and CPU alike, is not a share of what
+    other engines have left, and lets the CPU skip its warm-up. `VLLM_CPU_KVCACHE_SPACE` would win over it on a CPU, and
+    counts in whole GiB. On a GPU vLLM still refuses to start unless `gpu_memory_utilization` of it is free, so
+    register the demo with a small `gpu_memory_gb` too.
     """
     return {
         "enforce_eager": True,

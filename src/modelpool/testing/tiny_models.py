@@ -49,14 +49,17 @@ class Shape:
 
 
 def make_text_model(folder: Path, *, seed: int = 0, max_model_len: int = demo.MAX_MODEL_LEN) -> Path:
-    """A chat model of about 1 MB that answers nonsense. Other seeds give other answers."""
+    """A chat model of about 1 MB. It answers nonsense, up to `max_tokens`; other seeds give other answers."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(demo.model_path() / name, folder / name)
     config = _read(demo.model_path() / "config.json")
     shape = Shape(vocab_size=config["vocab_size"])
     _write(folder / "config.json", _config(shape, config, max_model_len))
-    _save(folder / "model.safetensors", _text_weights(shape, np.random.default_rng(seed)))
+    _save(
+        folder / "model.safetensors",
+        _text_weights(shape, np.random.default_rng(seed), mute=(config["eos_token_id"], config["pad_token_id"])),
+    )
     return folder
 
 
@@ -123,11 +126,14 @@ def _config(shape: Shape, like: dict[str, Any], max_model_len: int) -> dict[str,
     }
 
 
-def _text_weights(shape: Shape, random: np.random.Generator) -> Weights:
+def _text_weights(shape: Shape, random: np.random.Generator, *, mute: tuple[int, ...]) -> Weights:
+    """Random weights. Tokens in `mute` are never the likeliest: a tied embedding of zeros gives the logit zero."""
     ones = np.ones(shape.hidden_size, np.float32)
     head = np.ones(shape.head_dim, np.float32)
+    embedding = _normal(random, (shape.vocab_size, shape.hidden_size), 0.1)
+    embedding[list(mute)] = 0
     weights: Weights = {
-        "model.embed_tokens.weight": _normal(random, (shape.vocab_size, shape.hidden_size), 0.1),
+        "model.embed_tokens.weight": embedding,
         "model.norm.weight": ones,
     }
     for layer in range(shape.num_hidden_layers):
