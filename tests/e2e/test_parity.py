@@ -211,37 +211,41 @@ def comparable(text: str) -> Any:
     text = _FLOAT.sub(lambda match: f"{float(match[0]):.2f}", text)
     if not text.startswith(("data: ", "event: ")):
         return text
-    grown: dict[str, Any] = {}
     kinds: list[str] = []
+    said: set[str] = set()
+    grown: dict[str, Any] = {}
     for line in text.splitlines():
+        kind = line
         if line.startswith("data: {"):
-            line = json.dumps(_without_growth(json.loads(line[6:]), "", grown))
-        if line and not line.startswith("event: ") and line not in kinds[-1:]:
-            kinds.append(line)
-    return kinds, grown
+            event = json.loads(line[6:])
+            kind = event.get("type") or event.get("object")
+            _add_up(event, kind, said, grown)
+        if kind and kind not in kinds[-1:]:
+            kinds.append(kind)
+    return kinds, sorted(said), grown
 
 
-def _without_growth(value: Any, path: str, grown: dict[str, Any]) -> Any:
-    """`value` without what grows from chunk to chunk, which is added up in `grown` by its place."""
-    if isinstance(value, list):
-        return [_without_growth(each, f"{path}[{index}]", grown) for index, each in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    kept = {}
-    for name, each in value.items():
-        place = f"{path}.{name}"
-        if name in _GROWING and isinstance(each, str | list) and each and not _is_message(each):
-            grown[place] = grown.get(place, type(each)()) + each
-        elif name in _COUNTING:
-            grown[place] = each if name != "sequence_number" else "*"
-        elif name not in _GROWING or each:
-            kept[name] = _without_growth(each, place, grown)
-    return kept
+def _add_up(value: Any, path: str, said: set[str], grown: dict[str, Any]) -> None:
+    """Put what an event says beside what the events before it said: text that grows is joined, the rest collected."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            place = f"{path}.{name}"
+            if name in _GROWING and isinstance(each, str | list) and not _is_message(each):
+                grown[place] = grown.get(place, type(each)()) + each
+            elif name in _COUNTING:
+                grown[place] = each if name != "sequence_number" else "*"
+            else:
+                _add_up(each, place, said, grown)
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            _add_up(each, f"{path}[{index}]", said, grown)
+    elif value is not None:
+        said.add(f"{path}={value!r}")
 
 
 def _is_message(value: Any) -> bool:
     """Whether a `content` is the parts of a whole message, as the last events of a response repeat them."""
-    return isinstance(value, list) and isinstance(value[0], dict) and "type" in value[0]
+    return isinstance(value, list) and any(isinstance(each, dict) and "type" in each for each in value)
 
 
 def test_the_pool_has_the_comparison_it_claims() -> None:
