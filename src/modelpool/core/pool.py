@@ -238,7 +238,7 @@ def _merge(
         worker_id=worker_id,
         state=report.state,
         devices=report.devices,
-        memory_bytes=report.memory_bytes,
+        memory_bytes=report.memory_bytes or (history.memory_bytes if history else 0),
         reason=report.reason,
         starting_since=now,
         active_since=now,

@@ -167,8 +167,13 @@ class Manager:
         if spec is None or instance is None or instance.stopping:
             return
         log.info("start %s on %s, devices %s", effect.instance, effect.worker_id, effect.devices)
+        # Where the user gave no size, the engine's own default decides; what was set aside for it is an estimate.
+        sized = spec.gpu_memory_gb is not None or spec.gpu_memory_utilization is not None
         order = StartOrder(
-            model=spec, instance=effect.instance, devices=effect.devices, memory_bytes=instance.memory_bytes
+            model=spec,
+            instance=effect.instance,
+            devices=effect.devices,
+            memory_bytes=instance.memory_bytes if sized else 0,
         )
         await self._client.start(url, order)
         self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
