@@ -24,8 +24,10 @@ class Recorder:
         self.segments: list[bytes] = []
         self.news = asyncio.Event()
 
-    def head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead, rest: bytes) -> None:
         self.heads.append(head)
+        if rest:
+            self.segments.append(rest)
         self.news.set()
 
     def data(self, data: bytes) -> None:

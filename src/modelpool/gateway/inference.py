@@ -38,16 +38,16 @@ class Inference:
         alias = model_of(request.body)
         tried: list[Instance] = []
         while True:
-            choice = self._table.model(alias).choose(tried)
-            with choice.chosen.lease():
+            instance, _ = self._table.model(alias).choose(tried)
+            with instance.lease():
                 try:
-                    await self._send(request, route, choice.chosen, client)
+                    await self._send(request, route, instance, client)
                     return
                 except (EngineError, Draining) as error:
                     if client.answered or (isinstance(error, EngineError) and error.may_have_run):
                         raise
-                    log.info("%s did not take a request (%s), trying another instance", choice.chosen.name, error)
-            tried.append(choice.chosen)
+                    log.info("%s did not take a request (%s), trying another instance", instance.name, error)
+            tried.append(instance)
 
     async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> None:
         """To this instance; once more on a new connection if the pooled one turns out to have been closed."""

@@ -29,12 +29,12 @@ class PassThrough:
         self._held: bytearray | None = None
         self._decoder: BodyDecoder | None = None
 
-    def head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead, rest: bytes) -> None:
         self._head = head
         if self._hold_503 and head.status == 503:
-            self._held = bytearray()
+            self._held = bytearray(rest)
         else:
-            self._pass_head(head)
+            self._pass_head(head, rest)
 
     def data(self, data: bytes) -> None:
         if self._held is not None:
@@ -58,8 +58,7 @@ class PassThrough:
         """Let go what is held back, if anything is."""
         if self._held is not None and self._head is not None:
             held, self._held = bytes(self._held), None
-            self._pass_head(self._head)
-            self.data(held)
+            self._pass_head(self._head, held)
 
     def break_off(self, exchange: Exchange, error: EngineError) -> None:
         """The answer cannot go on. Raises `error` where the client cannot be told in the answer itself.
@@ -77,7 +76,8 @@ class PassThrough:
         self._client.close_after()
         self._client.write(error_event(error, chunked=chunked))
 
-    def _pass_head(self, head: ResponseHead) -> None:
+    def _pass_head(self, head: ResponseHead, rest: bytes) -> None:
+        """In one write with what came with it: each write is a system call and a segment."""
         request, client = self._request, self._client
         if head.ends_with_connection and not request.head_only:
             client.close_after()
@@ -85,8 +85,9 @@ class PassThrough:
             if head.chunked and not request.head_only:
                 self._decoder = BodyDecoder()
                 self._decoder.feed(head.raw)
-            client.write(head.rewritten(close=True, framed=False))
+                rest = b"".join(self._decoder.feed(rest))
+            client.write(head.rewritten(close=True, framed=False) + rest)
         elif client.closes or head.names_connection:
-            client.write(head.rewritten(close=client.closes))
+            client.write(head.rewritten(close=client.closes) + rest)
         else:
-            client.write(head.raw)
+            client.write(head.raw + rest)

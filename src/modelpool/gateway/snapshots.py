@@ -43,7 +43,11 @@ class SnapshotFeed:
             try:
                 await self._follow_once()
             except (PoolError, Broken, Gap, TimeoutError) as error:
-                log.log(logging.WARNING if self.connected else logging.DEBUG, "the manager is away: %s", error)
+                log.log(
+                    logging.WARNING if self.connected else logging.DEBUG,
+                    "the manager is away: %s",
+                    str(error) or "it says nothing",
+                )
             if self.connected:
                 pause = RETRY_INITIAL_S
             self.connected = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from modelpool.core.routing.choice import Choice, least_loaded
+from modelpool.core.routing.choice import Reason, least_loaded
 from modelpool.core.routing.nearest import nearest
 from modelpool.errors import CapacityError, ManagerAway, ModelNotFound, ModelNotReady, NoAvailableWorker
 from modelpool.gateway.instances import Instance, Instances
@@ -28,7 +28,7 @@ class Model:
         self.instances = instances
         self._turn = -1
 
-    def choose(self, tried: Collection[Instance] = ()) -> Choice[Instance]:
+    def choose(self, tried: Collection[Instance] = ()) -> tuple[Instance, Reason]:
         """The instance for a request that was at `tried` already. Raises CapacityError when there is none."""
         candidates = self.instances
         if not candidates:

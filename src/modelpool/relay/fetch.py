@@ -57,10 +57,10 @@ class Response:
 
     # As a Sink
 
-    def head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead, rest: bytes) -> None:
         self._head = head
         self._decoder.feed(head.raw)
-        self._news.set()
+        self.data(rest)
 
     def data(self, data: bytes) -> None:
         for piece in self._decoder.feed(data):

@@ -6,8 +6,8 @@ import re
 
 _POST = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
-    | {"/v1/embeddings", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/pooling", "/v1/pooling"}
-    | {"/classify", "/v1/classify", "/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"}
+    | {"/v1/embeddings", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/pooling"}
+    | {"/classify", "/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"}
 )
 _GET = frozenset({"/v1/models", "/health", "/version"})
 _STORED_RESPONSE = re.compile(r"/v1/responses/[\w-]+(/cancel)?")

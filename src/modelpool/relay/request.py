@@ -45,11 +45,10 @@ def encode_request(
 
     The client's credentials are left out; `fixed` has ours.
     """
-    parts = [b"%b %b HTTP/1.1\r\n%b" % (method, target, fixed)]
-    dropped = _REPLACED
+    parts = [method, b" ", target, b" HTTP/1.1\r\n", fixed]
     for name, value in headers:
-        if name not in dropped:
-            parts.append(b"%b: %b\r\n" % (name, value))
+        if name not in _REPLACED:
+            parts += (name, b": ", value, b"\r\n")
         elif name == b"connection" and value.lower() not in (b"keep-alive", b"close"):
             return encode_request(method, target, end_to_end(headers), fixed=fixed, body=body)
     if body or method not in (b"GET", b"HEAD"):

@@ -25,11 +25,11 @@ STALE_S = 1.0
 class Sink(Protocol):
     """Takes a response. Called from the event loop; must not block or raise."""
 
-    def head(self, head: ResponseHead) -> None:
-        """The final response's head, once. Interim (1xx) responses are left out."""
+    def head(self, head: ResponseHead, rest: bytes) -> None:
+        """The final response's head, once, and what came with it of the body. Interim (1xx) responses are left out."""
 
     def data(self, data: bytes) -> None:
-        """What follows the head, framing included, segment by segment as it came."""
+        """More of the body, framing included, segment by segment as it came."""
 
 
 class Exchange:
@@ -229,15 +229,12 @@ class _Connection(asyncio.Protocol):
         end = data.index(b"\r\n\r\n") + 4
         self._unread = b""
         exchange.head = head = ResponseHead(self._parser.get_status_code(), data[:end])
-        exchange.sink.head(head)
-        if exchange.head_only:
+        exchange.sink.head(head, data[end:])
+        if exchange.head_only and not self._complete:
             # There is no way to tell the parser that a body is announced but does not come.
-            if not self._complete:
-                self._keep_alive = end == len(data) and self._parser.should_keep_alive()
-                self._parser = httptools.HttpResponseParser(self)
-                self._complete = True
-        elif len(data) > end and self._exchange is exchange:
-            exchange.sink.data(data[end:])
+            self._keep_alive = end == len(data) and self._parser.should_keep_alive()
+            self._parser = httptools.HttpResponseParser(self)
+            self._complete = True
         return True
 
     def _finish(self, exchange: Exchange) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 
 class Candidate(Protocol):
@@ -28,29 +29,19 @@ class Reason(StrEnum):
 C = TypeVar("C", bound=Candidate)
 
 
-class Choice(NamedTuple, Generic[C]):
-    chosen: C
-    reason: Reason
-
-
-def least_loaded(candidates: Sequence[C], turn: int) -> Choice[C]:
+def least_loaded(candidates: Sequence[C], turn: int) -> tuple[C, Reason]:
     """The candidate with the least in-flight / capacity, then the least in-flight; among equals the `turn`-th.
 
     `turn` is any number that grows with each request, so that idle instances all get some. `candidates` is not empty.
     """
-    count = len(candidates)
-    if count == 1:
-        return Choice(candidates[0], Reason.ONLY)
-    # Loads are compared by cross-multiplication: exact, and no float is made per candidate.
-    best = candidates[turn % count]
-    inflight, capacity = best.inflight, best.capacity
-    reason = Reason.LEAST_LOADED
-    for step in range(1, count):
-        other = candidates[(turn + step) % count]
-        difference = other.inflight * capacity - inflight * other.capacity or other.inflight - inflight
-        if difference < 0:
-            best, reason = other, Reason.LEAST_LOADED
-            inflight, capacity = other.inflight, other.capacity
-        elif difference == 0:
+    if len(candidates) == 1:
+        return candidates[0], Reason.ONLY
+    start = turn % len(candidates)
+    best, least, reason = candidates[start], math.inf, Reason.LEAST_LOADED
+    for each in (*candidates[start:], *candidates[:start]):
+        load = each.inflight / each.capacity
+        if load < least or (load == least and each.inflight < best.inflight):
+            best, least, reason = each, load, Reason.LEAST_LOADED
+        elif load == least and each.inflight == best.inflight:
             reason = Reason.TURN
-    return Choice(best, reason)
+    return best, reason
