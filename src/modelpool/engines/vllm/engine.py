@@ -83,6 +83,10 @@ class VllmEngine:
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
         propagate_flash_late_interaction(arguments, engine_arguments)
         config = engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        if current_platform.is_cpu() and config.model_config.enforce_eager:
+            # Single functions (ranks of log probabilities) are compiled all the same, by a C++ compiler that a machine
+            # may not have, in the first request that asks for them: 12 s here.
+            torch._dynamo.config.disable = True
         _prepare_fork(config)
         phase("weights")
         llm = AsyncLLM.from_vllm_config(
