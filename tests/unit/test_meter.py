@@ -86,6 +86,15 @@ def test_a_refused_request_counts_but_its_time_does_not() -> None:
     run_virtual(main())
 
 
+def test_tokenizing_counts_but_its_time_does_not() -> None:
+    async def main() -> None:
+        door = meter(answering())
+        await Call("POST", "/tokenize", headers=AUTHORIZED).run(door)
+        assert (door.requests_total, door.ttft.last, door.e2e.last) == (1, None, None)
+
+    run_virtual(main())
+
+
 @pytest.mark.parametrize("app", [raising, half])
 def test_a_request_that_breaks_is_given_back(app: ASGIApp) -> None:
     async def main() -> None:

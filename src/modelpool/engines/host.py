@@ -58,11 +58,16 @@ def main(control_fd: int, engine: EngineModule, scratch: Path) -> int:
     loaded = _load(engine, spec, control)
     if loaded is None:
         return 1
+    host = Host(spec, control, loaded)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Host(spec, control, loaded).serve(listener))
+            status = runner.run(host.serve(listener))
     finally:
         loaded.close()
+    if host.failure:
+        # Once more, since the last line of its log is what a person is shown.
+        logger.critical("the engine died: %s", host.failure)
+    return status
 
 
 def _enter(spec: HostSpec, scratch: Path) -> None:
@@ -135,7 +140,7 @@ class Host:
         self._ending = asyncio.Event()
         self._deadline = math.inf
         self._drain_timeout: asyncio.Timeout | None = None
-        self._status = 0
+        self.failure = ""
 
     async def serve(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
@@ -163,7 +168,7 @@ class Host:
             await serving
             for task in others:
                 task.cancel()
-        return self._status
+        return 1 if self.failure else 0
 
     def _announce(self, port: int) -> None:
         facts = self._engine.facts
@@ -209,9 +214,8 @@ class Host:
         )
 
     async def _watch_engine(self) -> None:
-        reason = await self._engine.dead()
-        logger.critical("the engine died: %s", reason)
-        self._status = 1
+        self.failure = await self._engine.dead()
+        logger.critical("the engine died: %s", self.failure)
         self._end(_DEATH_NOTICE_S)
 
     def _end(self, drain_s: float) -> None:

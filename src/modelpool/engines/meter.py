@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from modelpool.engines.engine import ASGIApp, Message, Receive, Scope, Send
 from modelpool.errors import Draining, PoolError, Unauthorized, error_body, error_headers
 
-
 # Answered by the tokenizer alone; their times would hide what the engine needs.
 _UNTIMED = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
@@ -40,8 +39,8 @@ class Meter:
 
     A POST or a WebSocket is inference and counts; a GET does not. `inflight` goes back on every way out: answered,
     refused, failed, cancelled. Times are those of requests that the engine answered (status below 400, tokenizing left
-    out): `ttft` to the first byte of the body, `e2e` to its last one. `receive` is handed on as it is, so that the engine sees clients leave, and
-    nothing is buffered.
+    out): `ttft` to the first byte of the body, `e2e` to its last one. `receive` is handed on as it is, so that the
+    engine sees clients leave, and nothing is buffered.
     """
 
     def __init__(self, app: ASGIApp, token: str, clock: Callable[[], float] = time.monotonic) -> None:
