@@ -96,7 +96,7 @@ def _find(method: bytes, path: bytes) -> tuple[Route | None, tuple[str, ...]]:
         return route, _POST
     if route := _LOCAL.get(path):
         return route, _GET
-    if path == b"/v1/models/register" and method not in (b"GET", b"HEAD"):
+    if path in (b"/v1/models/register", b"/models/register") and method not in (b"GET", b"HEAD"):
         return _REGISTER, _POST  # a GET asks for a model of that name
     for prefix in (b"/v1/models/", b"/models/"):
         if path.startswith(prefix) and len(path) > len(prefix):
