@@ -216,13 +216,20 @@ def test_what_is_added_is_read_on_also_after_a_rotation(tmp_path: Path) -> None:
             "ValueError: too few heads",
         ),
         ("\x1b[31mred\x1b[0m alert\n-----\n", "red alert"),
-        ("2026-11-21 07:34:01,506 CRITICAL host modelpool.engines.host: the engine died: x\n", "the engine died: x"),
+        (
+            "2026-11-21 07:34:01,506 CRITICAL host modelpool.engines.host: the engine died: x\n"
+            "(MainProcess pid=3495) WARNING 11-21 08:01:28 [core_client.py:817] starting cleanup\n"
+            "(MainProcess pid=3495) INFO 11-21 08:01:28 [core_client.py:777] complete\n",
+            "the engine died: x",
+        ),
+        ("(EngineCore pid=1) INFO all is well\nKilled\n(EngineCore pid=1) INFO bye\n", "Killed"),
+        ("INFO one\nINFO two\n", "INFO two"),
     ],
 )
 def test_the_last_words_are_those_that_say_something(tmp_path: Path, text: str, last: str) -> None:
     log = InstanceLog(tmp_path / "m.log")
     log.path.write_text("an earlier start\n" + text)
-    assert log.last_line(len("an earlier start\n")) == last
+    assert log.last_words(len("an earlier start\n")) == last
 
 
 # ------------------------------------------------------------ fetching

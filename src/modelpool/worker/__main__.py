@@ -206,7 +206,7 @@ def make_forkservers(
         )
 
     offered = offered_engines(settings.worker.engines)
-    absent = {kind: f"MODELPOOL_ENGINES={settings.worker.engines} leaves it out" for kind in set(EngineKind) - offered}
+    absent = dict.fromkeys(set(EngineKind) - offered, f"MODELPOOL_ENGINES={settings.worker.engines} leaves it out")
     # Found, not imported: that is for the forkserver.
     if EngineKind.VLLM in offered and not importlib.util.find_spec("vllm"):
         absent[EngineKind.VLLM] = _NO_VLLM

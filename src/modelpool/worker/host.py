@@ -177,6 +177,7 @@ class Host:
 
     async def close(self) -> None:
         """Kill what still lives of it, and return once it is gone."""
+        self._group.kill()
         await cancelled(self._reading, self.ended)
         await self._group.end()
         for task in (self._reading, self.ended):

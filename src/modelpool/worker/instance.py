@@ -74,6 +74,16 @@ class Instance:
             log.warning("%s failed: %s", self.name, reason)
             self.move(InstanceState.FAILED, reason)
 
+    def ask_to_end(self, drain_s: float) -> None:
+        """DRAINING from now on. A start is given up instead: it has nothing to drain."""
+        self.drain_s = drain_s
+        self.stop_asked.set()
+        if self.state is InstanceState.STARTING:
+            self.reason = "it is being stopped"
+            self._touch()
+        else:
+            self.move(InstanceState.DRAINING)
+
     def advance(self, phase: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
         """Say how far the start is. What comes after it was given up says nothing."""
         progress = Progress(phase=phase, done_bytes=done_bytes, total_bytes=total_bytes)

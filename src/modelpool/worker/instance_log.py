@@ -16,6 +16,8 @@ _TAIL_MAX_BYTES = 8 << 20
 _FOLLOW_INTERVAL_S = 0.25
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LEVEL = re.compile(r"\b(CRITICAL|ERROR|WARNING|INFO|DEBUG)\b")
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b")
 _OUR_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \w+ +\S+ \S+: ")
 
 
@@ -87,10 +89,10 @@ class InstanceLog:
         os.truncate(self.path, 0)
         return True
 
-    def last_line(self, since: int = 0) -> str:
-        """The last line after the offset `since` that says something, without colours and prefix; "" if none does.
+    def last_words(self, since: int = 0) -> str:
+        """The line after the offset `since` that most likely says why a process ended; "" if there is none.
 
-        In a traceback that is the exception: frames and carets are indented.
+        The last of the gravest ones, without colours and prefix. In a traceback that is the exception.
         """
         size = self.size()
         start = max(since if size >= since else 0, size - _BLOCK)
@@ -100,11 +102,24 @@ class InstanceLog:
                 text = file.read(_BLOCK).decode(errors="replace")
         except FileNotFoundError:
             return ""
-        for line in reversed(_ESCAPES.sub("", text).splitlines()):
-            if line[:1].strip() and any(character.isalnum() for character in line):
-                line = _OUR_PREFIX.sub("", line.strip())
-                return line if len(line) <= 300 else line[:299] + "…"
-        return ""
+        lines = [line for line in _ESCAPES.sub("", text).splitlines() if _says_something(line)]
+        if not lines:
+            return ""
+        line = max(reversed(lines), key=_gravity)
+        line = _OUR_PREFIX.sub("", line.strip())
+        return line if len(line) <= 300 else line[:299] + "…"
+
+
+def _says_something(line: str) -> bool:
+    """Not so: frames and carets of a traceback, which are indented, and rulers."""
+    return bool(line[:1].strip()) and any(character.isalnum() for character in line)
+
+
+def _gravity(line: str) -> int:
+    level = _LEVEL.search(line, 0, 80)
+    if level is not None:
+        return {"CRITICAL": 3, "ERROR": 2}.get(level[0], 0)
+    return 2 if _EXCEPTION.match(line) else 1
 
 
 def _last_lines(path: Path, lines: int, end: int) -> tuple[bytes, int]:

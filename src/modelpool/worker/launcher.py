@@ -189,5 +189,5 @@ async def _epitaph(ended: HostEnded, log_: InstanceLog, since: int) -> str:
     """How a host ended, with its last words where they may say why."""
     if ended.status == -9:
         return str(ended)
-    last = await asyncio.to_thread(log_.last_line, since)
+    last = await asyncio.to_thread(log_.last_words, since)
     return f"{ended}: {last}" if last else str(ended)

@@ -10,13 +10,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from modelpool import __version__
-from modelpool.control_http import TokenGuard, answer, body_schema, error_response, render_errors
-from modelpool.errors import BodyTooLarge, InvalidRequest
+from modelpool.control_http import TokenGuard, answer, body_schema, render_errors
+from modelpool.errors import BodyTooLarge
 from modelpool.messages.models import decode_body
 from modelpool.messages.workers import StartOrder, WorkerDescription
 from modelpool.worker.supervisor import Supervisor
@@ -36,19 +35,11 @@ def worker_app(
     """The whole service. Open streams end once `ending` is set."""
     app = FastAPI(title="Model Pool worker", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     render_errors(app)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
     _add_worker_routes(app, describe, ending)
     _add_orders(app, supervisor)
     _add_reports(app, supervisor, ending)
     app.mount("/proxy", proxy)
     return TokenGuard(app, token=token)
-
-
-async def _invalid_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = str(first["loc"][-1])
-    return error_response(InvalidRequest(f"`{field}`: {first['msg']}, got {first['input']!r}.", param=field))
 
 
 def _add_worker_routes(

@@ -230,15 +230,10 @@ class Supervisor:
             if instance.state is not InstanceState.ABSENT:
                 instance.move(InstanceState.ABSENT)
             self._forget(instance)
-        elif instance.state is InstanceState.STARTING:
-            if not instance.stop_asked.is_set():
-                instance.stop_asked.set()
-                instance.reason = "it is being stopped"
-                instance.task.cancel()
         elif not instance.stop_asked.is_set():
-            instance.drain_s = drain_s
-            instance.stop_asked.set()
-            instance.move(InstanceState.DRAINING)
+            if instance.state is InstanceState.STARTING:
+                instance.task.cancel()
+            instance.ask_to_end(drain_s)
         elif drain_s < instance.drain_s and instance.host is not None:
             instance.host.shut_down(drain_s)
 
