@@ -45,6 +45,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_rate: int = 1024
     linger_s: float = 2.0
     flush_s: float = 60.0
+    check_s: float = 1.0
+    """How often deadlines are looked at."""
 
 
 class Application(Protocol):
@@ -326,13 +328,14 @@ class ClientConnection(asyncio.Protocol):
             method, self._target, self._headers, http10=version == "1.0", keep_alive=parser.should_keep_alive()
         )
         has_body = b"transfer-encoding" in request.by_name or request.by_name.get(b"content-length", b"0") != b"0"
+        if error := self._fault(request, version):
+            self._stop(error)
         try:
-            self._check_head(request, version)
             self._app.admit(request)
-        except PoolError as error:
+        except PoolError as refusal:
             if has_body:
-                self._stop(error)
-            request.refusal = error
+                self._stop(refusal)
+            request.refusal = refusal
             return
         if has_body and request.by_name.get(b"expect", b"").lower() == b"100-continue" and not request.http10:
             self._continue = True
@@ -355,25 +358,26 @@ class ClientConnection(asyncio.Protocol):
         self._body = []
         self._queue.append(request)
 
-    def _check_head(self, request: Request, version: str) -> None:
+    def _fault(self, request: Request, version: str) -> PoolError | None:
         """What a strict server must refuse and the parser does not."""
         headers, by_name = request.headers, request.by_name
         if version not in ("1.1", "1.0"):
-            raise InvalidRequest(f"HTTP/{version} is not spoken here.", code="invalid_http")
+            return InvalidRequest(f"HTTP/{version} is not spoken here.", code="invalid_http")
         limit = self._limits.head_bytes
         if self._head_bytes + self._fed > limit and sum(map(_length, headers)) + len(self._target) > limit:
-            raise _headers_too_large(self._limits)
+            return _headers_too_large(self._limits)
         if len(headers) != len(by_name):
             for name in _ONCE:
                 if sum(each == name for each, _ in headers) > 1:
-                    raise InvalidRequest(f"The header {name.decode()} came more than once.", code="invalid_http")
+                    return InvalidRequest(f"The header {name.decode()} came more than once.", code="invalid_http")
         if not request.http10 and b"host" not in by_name:
-            raise InvalidRequest("The header Host is missing.", code="invalid_http")
+            return InvalidRequest("The header Host is missing.", code="invalid_http")
         if coding := by_name.get(b"transfer-encoding"):
             if coding.lower() != b"chunked" or request.http10:
-                raise InvalidRequest("The only Transfer-Encoding taken is chunked, in HTTP/1.1.", code="invalid_http")
+                return InvalidRequest("The only Transfer-Encoding taken is chunked, in HTTP/1.1.", code="invalid_http")
         elif int(by_name.get(b"content-length", b"0")) > self._limits.body_bytes:
-            raise _body_too_large(self._limits)
+            return _body_too_large(self._limits)
+        return None
 
     def _stop(self, error: PoolError) -> NoReturn:
         """Refuse, and stop the parser: it must not go on to take the unread body for requests."""

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from modelpool.gateway.connection import Application, ClientConnection, Limits
 
 _BACKLOG = 4096
-_CHECK_S = 1.0
 
 
 class Listener:
@@ -35,11 +34,11 @@ class Listener:
         if not self._connections:
             self._empty.set()
 
-    async def enforce_deadlines(self) -> None:
+    async def enforce_deadlines(self, every_s: float) -> None:
         """One timer for all connections: one each would cost more than the rest of their reading."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(_CHECK_S)
+            await asyncio.sleep(every_s)
             now = loop.time()
             for connection in list(self._connections):
                 connection.check(now)
@@ -69,7 +68,7 @@ async def listening(
         lambda: ClientConnection(app, listener, limits, loop), sock=sock, backlog=_BACKLOG
     )
     async with asyncio.TaskGroup() as tasks:
-        deadlines = tasks.create_task(listener.enforce_deadlines())
+        deadlines = tasks.create_task(listener.enforce_deadlines(limits.check_s))
         try:
             yield listener
         finally:

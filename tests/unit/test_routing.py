@@ -1,0 +1,210 @@
+"""The choice of an instance, the routing table, leases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from modelpool.core.routing.choice import Reason, least_loaded
+from modelpool.core.routing.nearest import LOOKED_AT_MAX, nearest
+from modelpool.errors import ManagerAway, ModelNotFound, ModelNotReady, NoAvailableWorker
+from modelpool.gateway.instances import Instance, Instances, Lease
+from modelpool.gateway.table import Gap, Table
+from modelpool.messages.routing import Delta, ModelEntry, Route, Snapshot, Unavailable
+from modelpool.relay import Pools
+
+
+@dataclass(frozen=True)
+class Load:
+    inflight: int
+    capacity: int
+
+
+LOADS = st.builds(Load, st.integers(0, 50), st.integers(1, 50))
+
+
+@given(st.lists(LOADS, min_size=1, max_size=8), st.integers(0, 1000))
+def test_the_choice_is_never_more_loaded_than_another(candidates: list[Load], turn: int) -> None:
+    chosen, reason = least_loaded(candidates, turn)
+    equal = [
+        each
+        for each in candidates
+        if (Fraction(each.inflight, each.capacity), each.inflight)
+        == min((Fraction(other.inflight, other.capacity), other.inflight) for other in candidates)
+    ]
+    assert chosen in equal
+    if len(candidates) == 1:
+        assert reason is Reason.ONLY
+    else:
+        assert reason is (Reason.TURN if len(equal) > 1 else Reason.LEAST_LOADED)
+
+
+@given(st.integers(1, 8), st.integers(0, 1000))
+def test_equals_take_turns(count: int, start: int) -> None:
+    candidates = [Load(0, number + 1) for number in range(count)]
+    assert {least_loaded(candidates, start + turn)[0] for turn in range(count)} == set(candidates)
+
+
+def test_the_nearest_names_come_first_and_strangers_not_at_all() -> None:
+    names = ["llama-3-8b", "llama-3-70b", "qwen2.5", "llama-2-7b", "bert"]
+    assert nearest("llama-3-8", names) == ["llama-3-8b", "llama-3-70b", "llama-2-7b"]
+    assert nearest("Qwen2.5", names) == ["qwen2.5"]
+    assert nearest("zzz", names) == []
+    assert nearest("l" * 1000, names) == []
+    assert nearest("x", []) == []
+
+
+def test_how_many_names_are_looked_at_is_limited() -> None:
+    looked_at = 0
+
+    def names() -> object:
+        nonlocal looked_at
+        for number in range(1_000_000):
+            looked_at += 1
+            yield f"model-{number}"
+
+    assert nearest("model-77", names()) != []  # type: ignore[arg-type]
+    assert looked_at <= LOOKED_AT_MAX
+
+
+def route(instance: str, port: int = 1, capacity: int = 2) -> Route:
+    return Route(instance=instance, worker_id="w", host="127.0.0.1", port=port, capacity=capacity)
+
+
+def entry(alias: str, *routes: Route, unavailable: Unavailable | None = None) -> ModelEntry:
+    return ModelEntry(alias=alias, created=1, routes=routes, unavailable=unavailable)
+
+
+def snapshot(*entries: ModelEntry, epoch: str = "e", sequence: int = 1) -> Snapshot:
+    return Snapshot(epoch=epoch, sequence=sequence, models={each.alias: each for each in entries})
+
+
+def table() -> Table:
+    return Table(Instances(Pools(connect_timeout_s=1), "token"))
+
+
+def test_an_empty_table_knows_that_it_knows_nothing() -> None:
+    for ask in (lambda: table().model("m"), lambda: table().entries()):
+        with pytest.raises(ManagerAway):
+            ask()
+
+
+def test_the_table_follows_a_snapshot_and_its_deltas() -> None:
+    followed = table()
+    followed.apply(snapshot(entry("a"), entry("b")))
+    followed.apply(Delta(epoch="e", sequence=2, changed={"c": entry("c")}, removed=("a",)))
+    assert [each.alias for each in followed.entries()] == ["b", "c"]
+    followed.apply(snapshot(entry("d"), epoch="f", sequence=9))
+    assert [each.alias for each in followed.entries()] == ["d"]
+    with pytest.raises(ModelNotFound):
+        followed.model("a")
+
+
+@pytest.mark.parametrize(("epoch", "sequence"), [("e", 1), ("e", 3), ("f", 2)])
+def test_a_gap_changes_nothing(epoch: str, sequence: int) -> None:
+    followed = table()
+    followed.apply(snapshot(entry("a")))
+    with pytest.raises(Gap):
+        followed.apply(Delta(epoch=epoch, sequence=sequence, removed=("a",)))
+    assert [each.alias for each in followed.entries()] == ["a"]
+    assert (followed.epoch, followed.sequence) == ("e", 1)
+
+
+def test_what_an_instance_has_in_flight_outlives_updates_that_leave_it_alone() -> None:
+    followed = table()
+    followed.apply(snapshot(entry("m", route("m"))))
+    (before,) = followed.model("m").instances
+    with before.lease():
+        followed.apply(Delta(epoch="e", sequence=2, changed={"m": entry("m", route("m"), route("m-r2"))}))
+        followed.apply(snapshot(entry("m", route("m"), route("m-r2")), epoch="f"))
+        assert [each.inflight for each in followed.model("m").instances] == [1, 0]
+        moved = entry("m", route("m", port=2))
+        followed.apply(Delta(epoch="f", sequence=2, changed={"m": moved}))
+        assert [each.inflight for each in followed.model("m").instances] == [0]
+    assert before.inflight == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("model_not_ready", ModelNotReady), ("no_available_worker", NoAvailableWorker)]
+)
+def test_a_model_without_instances_says_why(code: str, error: type[Exception]) -> None:
+    followed = table()
+    why = Unavailable(code=code, message="It is so.", retry_after=3.5)
+    followed.apply(snapshot(entry("m", unavailable=why)))
+    with pytest.raises(error) as caught:
+        followed.model("m").choose()
+    refusal = caught.value
+    assert isinstance(refusal, ModelNotReady | NoAvailableWorker)
+    assert (refusal.code, refusal.message, refusal.retry_after) == (code, "It is so.", 3.5)
+
+
+def test_where_a_request_was_already_it_does_not_go_again() -> None:
+    followed = table()
+    followed.apply(snapshot(entry("m", route("m"), route("m-r2"))))
+    model = followed.model("m")
+    first, _ = model.choose()
+    second, _ = model.choose([first])
+    assert {first.name, second.name} == {"m", "m-r2"}
+    with pytest.raises(ModelNotReady) as caught:
+        model.choose([first, second])
+    assert caught.value.retry_after == 1
+
+
+class LeasesComeBack(RuleBasedStateMachine):
+    """Requests begin and end, instances come and go, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = table()
+        self.routes = {"m": route("m")}
+        self.sequence = 1
+        self.held: list[tuple[Instance, Lease]] = []
+        self.seen: set[Instance] = set()
+        self.table.apply(snapshot(entry("m", *self.routes.values())))
+
+    def publish(self) -> None:
+        self.sequence += 1
+        self.table.apply(Delta(epoch="e", sequence=self.sequence, changed={"m": entry("m", *self.routes.values())}))
+
+    @rule(number=st.integers(2, 5), capacity=st.integers(1, 4))
+    def add(self, number: int, capacity: int) -> None:
+        self.routes[f"m-r{number}"] = route(f"m-r{number}", capacity=capacity)
+        self.publish()
+
+    @rule(number=st.integers(2, 5))
+    def remove(self, number: int) -> None:
+        self.routes.pop(f"m-r{number}", None)
+        self.publish()
+
+    @rule()
+    def begin(self) -> None:
+        instance, _ = self.table.model("m").choose()
+        lease = instance.lease()
+        lease.__enter__()
+        self.held.append((instance, lease))
+        self.seen.add(instance)
+
+    @rule(which=st.integers(0, 100), failing=st.booleans())
+    def end(self, which: int, failing: bool) -> None:
+        if self.held:
+            _, lease = self.held.pop(which % len(self.held))
+            error = ValueError() if failing else None
+            lease.__exit__(type(error) if error else None, error, None)
+
+    @invariant()
+    def counts_are_what_is_held(self) -> None:
+        for instance in self.seen:
+            assert instance.inflight == sum(held is instance for held, _ in self.held)
+
+    def teardown(self) -> None:
+        while self.held:
+            self.end(0, False)
+        assert all(instance.inflight == 0 for instance in self.seen)
+
+
+TestLeasesComeBack = LeasesComeBack.TestCase
