@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ class EngineContract:
 
     def test_a_host_takes_its_temporary_files_with_it(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
         def folders() -> list[Path]:
-            return list(Path("/tmp").glob(f"modelpool-*/{host.pid}"))
+            return list(Path(tempfile.gettempdir()).glob(f"modelpool-forkserver-*/{host.pid}"))
 
         assert len(folders()) == 1
         os.kill(host.pid, signal.SIGKILL)

@@ -110,8 +110,31 @@ def test_it_leaves_no_temporary_folder(tmp_path: Path) -> None:
     with own(tmp_path, TMPDIR=str(scratch)) as forkserver:
         forkserver.wait_imported()
         forkserver.start(echo()).wait_loaded()
-        assert len(list(scratch.glob("modelpool-*/*"))) == 1
+        assert len(list(scratch.glob("modelpool-forkserver-*/*"))) == 1
         forkserver.hang_up()
+    assert list(scratch.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_forkserver_is_removed_by_the_next(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with own(tmp_path, TMPDIR=str(scratch)) as first:
+        first.wait_imported()
+        host = first.start(echo())
+        host.wait_loaded()
+        first.process.kill()
+        first.process.wait()
+        with own(tmp_path, TMPDIR=str(scratch)) as second:
+            second.wait_imported()
+            second.start(echo()).wait_loaded()
+            assert len(list(scratch.glob(f"*/{host.pid}"))) == 1, "a host still lives in it"
+            second.adopt(host.pid)
+            second.hang_up()
+    with own(tmp_path, TMPDIR=str(scratch)) as third:
+        third.wait_imported()
+        third.fork("made").control.close()
+        assert len(list(scratch.iterdir())) == 1
+        third.hang_up()
     assert list(scratch.iterdir()) == []
 
 

@@ -13,16 +13,13 @@ import gc
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 
@@ -30,6 +27,7 @@ from modelpool import process
 from modelpool.engines import host
 from modelpool.engines.engine import EngineModule, NotForkable, NotInstalled, engine_module, one_line
 from modelpool.engines.hangup import on_hangup
+from modelpool.engines.scratch import Scratch
 from modelpool.messages.engine import (
     Adopt,
     Exited,
@@ -45,6 +43,7 @@ from modelpool.messages.models import EngineKind
 logger = logging.getLogger(__name__)
 
 _PACKET_MAX = 1 << 16
+_END_DEADLINE_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -78,14 +77,14 @@ class Forkserver:
 
     `forked` holds the hosts that are children of this process; `adopted` those of an earlier forkserver, by a pidfd
     each, since the number of a process that is not our child may be given to another one at any time. Each host has a
-    folder for temporary files below `scratch`, which goes with it however it ends.
+    folder for temporary files, which goes with it however it ends.
     """
 
     def __init__(self, link: Link, engine: EngineModule) -> None:
         self._link = link
         self._engine = engine
         self._forked: set[int] = set()
-        self._scratch = Path(tempfile.mkdtemp(prefix="modelpool-"))
+        self._scratch = Scratch()
         self._adopted: dict[int, int] = {}
         self._ending = False
         self._poll = select.poll()
@@ -102,7 +101,7 @@ class Forkserver:
                     self._serve_ready(fd)
         finally:
             self._kill_all()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
 
     def _serve_ready(self, fd: int) -> None:
         if fd == self._wake_read:
@@ -163,7 +162,7 @@ class Forkserver:
             self._link.close()
             for fd in (self._wake_read, self._wake_write, *self._adopted.values()):
                 os.close(fd)
-            status = host.main(control, self._engine, self._scratch / str(os.getpid()))
+            status = host.main(control, self._engine, self._scratch.of_host(os.getpid()))
         except BaseException:  # noqa: BLE001  the top of a process
             traceback.print_exc()
         finally:
@@ -206,7 +205,7 @@ class Forkserver:
             _, status = os.waitpid(pid, 0)
             if pid in self._forked:
                 self._forked.remove(pid)
-                shutil.rmtree(self._scratch / str(pid), ignore_errors=True)
+                self._scratch.remove_host(pid)
                 self._link.send(Exited(pid=pid, status=os.waitstatus_to_exitcode(status)))
 
     def _kill_all(self) -> None:
@@ -221,6 +220,10 @@ class Forkserver:
         while self._forked:
             pid, _ = os.wait()
             self._forked.discard(pid)
+        for pidfd in self._adopted.values():
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            ended.poll(_END_DEADLINE_S * 1000)
 
 
 def _noted_by_wakeup_fd(_number: int, _frame: object) -> None:
