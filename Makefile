@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/mypy
 
 soak: setup
-	$(BIN)/python -m pytest -m soak --timeout 3600
+	$(BIN)/python -m pytest tests/soak -m soak -s
 
 bench: setup
 	$(BIN)/python -m benchmarks.gateway
