@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(3000)]
 
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
 PARTS = ["host a", "host b", "forkserver", "worker", "manager", "gateway"]
-RAMP = {
+GROWTH_MAX = {
     "modelpool: gateway": 40e6,
     "modelpool: manager": 40e6,
     "modelpool: worker": 40e6,
@@ -59,7 +59,7 @@ class Clients:
 def pss(pool: PoolProcess) -> dict[str, float]:
     """Bytes of each of the pool's own processes, by title."""
     sizes: dict[str, float] = {}
-    for title in RAMP:
+    for title in GROWTH_MAX:
         for process in pool.processes(title):
             sizes[title] = sizes.get(title, 0.0) + process.memory_full_info().uss
     return sizes
@@ -108,16 +108,16 @@ def test_models_that_come_and_go_leave_no_memory_and_no_descriptors_behind(tmp_p
                 eventually(lambda: not pool.processes("modelpool: host"), 30, lambda: "its process has ended")
 
         def descriptors() -> dict[str, int]:
-            return {title: sum(each.num_fds() for each in pool.processes(title)) for title in RAMP}
+            return {title: sum(each.num_fds() for each in pool.processes(title)) for title in GROWTH_MAX}
 
         rounds(30)
         memory, fds = pss(pool), descriptors()
         rounds(200)
         after, fds_after = pss(pool), descriptors()
-    growth = {title: round((after[title] - memory[title]) / 1e6, 1) for title in RAMP}
+    growth = {title: round((after[title] - memory[title]) / 1e6, 1) for title in GROWTH_MAX}
     print(f"\nchurn: 200 models; growth in MB {growth}; descriptors {fds} → {fds_after}")
-    assert all(growth[title] * 1e6 < RAMP[title] for title in RAMP), growth
-    assert all(fds_after[title] <= fds[title] + 8 for title in RAMP), (fds, fds_after)
+    assert all(growth[title] * 1e6 < GROWTH_MAX[title] for title in GROWTH_MAX), growth
+    assert all(fds_after[title] <= fds[title] + 8 for title in GROWTH_MAX), (fds, fds_after)
 
 
 def test_fifty_starts_and_stops_of_a_real_engine_are_flat(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_fifty_starts_and_stops_of_a_real_engine_are_flat(tmp_path: Path) -> Non
             memory.append(sum(pss(pool).values()))
     starts.sort()
     print(
-        f"\nreal engine: 50 starts, median {starts[25]:.1f} s, slowest {starts[-1]:.1f} s; PSS {min(sizes) / 1e6:.0f} to "
-        f"{max(sizes) / 1e6:.0f} MB; the pool's own memory {memory[5] / 1e6:.0f} → {memory[-1] / 1e6:.0f} MB"
+        f"\nreal engine: 50 starts, median {starts[25]:.1f} s, slowest {starts[-1]:.1f} s; PSS {min(sizes) / 1e6:.0f} "
+        f"to {max(sizes) / 1e6:.0f} MB; the pool's own memory {memory[5] / 1e6:.0f} → {memory[-1] / 1e6:.0f} MB"
     )
     assert len(answers) == 1
     assert max(sizes[25:]) < max(sizes[:25]) * 1.1
