@@ -17,7 +17,7 @@ from tests.gateway_world import TOKEN, chat, entry, gateway, request, snapshot_o
 from tests.wire import Handler, chunk, gone, on_uvloop, read_message, response, serving
 
 EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-DRAINING = b'{"error": {"message": "going", "type": "x", "param": null, "code": "instance_draining"}}'
+NOT_BEGUN = b'{"error": {"message": "going", "type": "x", "param": null, "code": "%b"}}'
 
 
 class Upstream:
@@ -53,6 +53,9 @@ async def nobody() -> Endpoint:
         response(b'{"x": 1}', "Content-Type: application/json", "X-Anything: y"),
         response(b'{"error": {"code": 400}}', status="400 Bad Request"),
         response(b'{"error": {"code": "unavailable"}}', status="503 Service Unavailable"),
+        response(b"x" * 200_000, status="503 Service Unavailable"),
+        response(b'{"error": {"code": 404}}', status="404 Not Found"),
+        response(b'{"detail": "Not Found"}', status="404 Not Found"),
         EVENT_STREAM + b"".join(chunk(b"data: %d\n\n" % n) for n in range(50)) + b"0\r\n\r\n",
         b"HTTP/1.1 204 No Content\r\n\r\n",
     ],
@@ -198,9 +201,17 @@ async def test_when_all_refuse_the_answer_says_to_come_back() -> None:
         assert world.instances.inflight == 0
 
 
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ("503 Service Unavailable", b"instance_draining"),
+        ("503 Service Unavailable", b"instance_not_ready"),
+        ("404 Not Found", b"instance_not_found"),
+    ],
+)
 @on_uvloop
-async def test_an_instance_that_drains_is_passed_over() -> None:
-    draining, ready = Upstream(response(DRAINING, status="503 Service Unavailable")), Upstream()
+async def test_an_instance_that_says_it_did_not_begin_is_passed_over(status: str, code: bytes) -> None:
+    draining, ready = Upstream(response(NOT_BEGUN % code, status=status)), Upstream()
     async with serving(draining) as one, serving(ready) as two, gateway(entry("m", [one, two])) as world:
         for _ in range(4):
             assert (await world.ask(chat())).status == 200

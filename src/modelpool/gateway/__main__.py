@@ -93,8 +93,12 @@ def ending_signal() -> asyncio.Event:
 def raise_descriptor_limit() -> None:
     """As many connections as this user may have: each client and each upstream takes a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    log.info("descriptors: %s, was %s", hard, soft)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("no more than %s descriptors, about half as many requests at once: %s", soft, error)
+    else:
+        log.info("descriptors: %s, was %s", hard, soft)
 
 
 if __name__ == "__main__":

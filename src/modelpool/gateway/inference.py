@@ -6,7 +6,7 @@ import logging
 
 import msgspec
 
-from modelpool.errors import Draining, EngineError
+from modelpool.errors import Draining, EngineError, InstanceNotFound
 from modelpool.gateway.body import model_of
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.instances import Instance
@@ -17,6 +17,11 @@ from modelpool.gateway.table import Table
 from modelpool.relay import encode_request
 
 log = logging.getLogger(__name__)
+
+
+# What an instance, or the worker in front of it, says when it did not begin: another one may.
+_NOT_BEGUN = frozenset({Draining.code, InstanceNotFound.code, "instance_not_ready"})
+_MAY_SAY_SO = frozenset({InstanceNotFound.status, Draining.status})
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -66,7 +71,7 @@ async def _attempt(
     instance: Instance, upstream: bytes, request: Request, client: ClientConnection, *, fresh: bool
 ) -> bool:
     """False if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
-    sink = PassThrough(request, client, hold_503=True)
+    sink = PassThrough(request, client, hold=_MAY_SAY_SO)
     exchange = await instance.pool.send(upstream, sink, fresh=fresh)
     client.attach(exchange)
     try:
@@ -78,14 +83,14 @@ async def _attempt(
     finally:
         client.detach()
     if (held := sink.held_body) is not None:
-        if _is_draining(held):
+        if _says_not_begun(held):
             raise Draining(f"The instance {instance.name} takes no new requests.")
         sink.release()
     return True
 
 
-def _is_draining(body: bytes) -> bool:
+def _says_not_begun(body: bytes) -> bool:
     try:
-        return msgspec.json.decode(body, type=_Envelope).error.code == Draining.code
+        return msgspec.json.decode(body, type=_Envelope).error.code in _NOT_BEGUN
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False

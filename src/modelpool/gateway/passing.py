@@ -15,23 +15,23 @@ _HELD_MAX = 64 << 10
 class PassThrough:
     """A Sink that writes to the client.
 
-    With `hold_503` an answer of that status is held back: it may be an instance saying that it takes no new requests,
-    which the client need not see. `release` lets it go.
+    An answer whose status is in `hold` is held back: it may say that the instance took no notice of the request, which
+    the client need not see. `release` lets it go.
     """
 
-    __slots__ = ("_client", "_decoder", "_head", "_held", "_hold_503", "_request")
+    __slots__ = ("_client", "_decoder", "_head", "_held", "_hold", "_request")
 
-    def __init__(self, request: Request, client: ClientConnection, *, hold_503: bool = False) -> None:
+    def __init__(self, request: Request, client: ClientConnection, *, hold: frozenset[int] = frozenset()) -> None:
         self._request = request
         self._client = client
-        self._hold_503 = hold_503
+        self._hold = hold
         self._head: ResponseHead | None = None
         self._held: bytearray | None = None
         self._decoder: BodyDecoder | None = None
 
     def head(self, head: ResponseHead, rest: bytes) -> None:
         self._head = head
-        if self._hold_503 and head.status == 503:
+        if head.status in self._hold:
             self._held = bytearray(rest)
         else:
             self._pass_head(head, rest)

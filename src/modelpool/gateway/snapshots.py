@@ -70,7 +70,7 @@ class SnapshotFeed:
     def _apply(self, line: bytes) -> None:
         try:
             self._table.apply(self._decoder.decode(line))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken(f"its snapshot makes no sense: {error}") from error
         if not self.connected:
             self.connected = True

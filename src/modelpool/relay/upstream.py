@@ -180,10 +180,10 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._fail(UpstreamFailed("The instance answered something that is not HTTP."))
+            self._fail(UpstreamFailed("What answered does not speak HTTP."))
             return
         if self._excess:
-            self._fail(UpstreamFailed("The instance sent more than one answer."))
+            self._fail(UpstreamFailed("More than one answer came."))
             return
         if exchange.head is not None:
             exchange.sink.data(data)
@@ -222,7 +222,7 @@ class _Connection(asyncio.Protocol):
         self._unread = data = self._unread + data
         if not self._final:
             if len(data) > HEAD_BYTES_MAX:
-                self._fail(UpstreamFailed("The instance's answer has too long a head."))
+                self._fail(UpstreamFailed("The answer has too long a head."))
             return False
         for _ in range(self._interims):
             data = data[data.index(b"\r\n\r\n") + 4 :]
@@ -258,10 +258,10 @@ class _Connection(asyncio.Protocol):
             self._finish(exchange)
             return
         if exchange.head is not None:
-            self._fail(UpstreamFailed("The instance broke the connection in the middle of its answer."))
+            self._fail(UpstreamFailed("The connection broke in the middle of the answer."))
             return
         stale = exchange.reused and not self._unread and self._loop.time() - exchange.sent_at < STALE_S
-        self._fail(UpstreamFailed("The instance broke the connection before it answered.", may_have_run=not stale))
+        self._fail(UpstreamFailed("The connection broke before there was an answer.", may_have_run=not stale))
 
     def _fail(self, error: EngineError) -> None:
         exchange, self._exchange = self._exchange, None
@@ -334,10 +334,10 @@ class Pool:
                 else:
                     _, connection = await loop.create_connection(lambda: _Connection(self, loop), *self.endpoint)
         except TimeoutError as error:
-            text = f"The instance took no connection within {self._connect_timeout_s:g} s."
+            text = f"No connection was taken within {self._connect_timeout_s:g} s."
             raise UpstreamTimeout(text, may_have_run=False) from error
         except OSError as error:
-            raise UpstreamFailed("The instance takes no connections.", may_have_run=False) from error
+            raise UpstreamFailed("No connection is taken.", may_have_run=False) from error
         return connection
 
 
