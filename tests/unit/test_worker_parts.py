@@ -90,11 +90,11 @@ def test_hosts_behind_a_proxy_listen_on_loopback_only() -> None:
 
 def test_a_forkserver_gets_no_secret_and_one_thread() -> None:
     environ = {"PATH": "/bin", "HF_TOKEN": "s", "MODELPOOL_TOKEN": "s", "CUDA_VISIBLE_DEVICES": "3", "VLLM_X": "1"}
-    environment = forkserver_environment(environ, tag="/home:w", run_id="r", device_kind="cuda")
+    environment = forkserver_environment(environ, tag="/home:w", run_id="r")
     assert {"PATH": "/bin", "VLLM_X": "1", TAG: "/home:w", "MODELPOOL_RUN_ID": "r"}.items() <= environment.items()
-    assert {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SPT_NOENV": "1"}.items() <= environment.items()
+    assert {"OPENBLAS_NUM_THREADS": "1", "SPT_NOENV": "1"}.items() <= environment.items()
     assert not {"HF_TOKEN", "MODELPOOL_TOKEN", "CUDA_VISIBLE_DEVICES"} & environment.keys()
-    chosen = forkserver_environment({"OMP_NUM_THREADS": "7"}, tag="", run_id="", device_kind="cpu")
+    chosen = forkserver_environment({"OMP_NUM_THREADS": "7"}, tag="", run_id="")
     assert chosen["OMP_NUM_THREADS"] == "7"
 
 

@@ -101,7 +101,7 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
         info = worker_info(settings, sock.getsockname()[1])
         place = host_place(settings, home, token, ports, devices.kind)
         changed = asyncio.Event()
-        forkservers = make_forkservers(settings, home, tag, devices.kind, changed)
+        forkservers = make_forkservers(settings, home, tag, changed)
         log_of = instance_logs(settings, home)
         hub = Hub(
             environ={**os.environ, TAG: tag},
@@ -194,10 +194,10 @@ def host_place(settings: Settings, home: Home, token: str, ports: tuple[int, int
 
 
 def make_forkservers(
-    settings: Settings, home: Home, tag: str, device_kind: str, changed: asyncio.Event
+    settings: Settings, home: Home, tag: str, changed: asyncio.Event
 ) -> Mapping[EngineKind, Forkserver]:
     """One for each engine kind; that of vLLM is started at once, since its imports take long."""
-    environment = forkserver_environment(os.environ, tag=tag, run_id=settings.run_id, device_kind=device_kind)
+    environment = forkserver_environment(os.environ, tag=tag, run_id=settings.run_id)
 
     def make(kind: EngineKind, *, lazy: bool, missing: str = "") -> Forkserver:
         log_path = home.logs / f"forkserver-{quote(settings.worker_id, safe='')}-{kind}.log"

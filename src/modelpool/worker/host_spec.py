@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from modelpool.worker.devices import CUDA
@@ -18,7 +17,7 @@ _FORKSERVER_NAMES = frozenset(
 )
 _FORKSERVER_PREFIXES = (
     *("LC_", "XDG_", "PYTHON", "VLLM_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "GLOO_", "NVIDIA_", "CUDA_"),
-    *("TRANSFORMERS_", "TOKENIZERS_", "FLASHINFER_", "KMP_", "UCX_", "RAYON_", "MALLOC_"),
+    *("TRANSFORMERS_", "TOKENIZERS_", "FLASHINFER_", "OMP_", "KMP_", "GOMP_", "UCX_", "RAYON_", "MALLOC_"),
 )
 _HOST_NAMES = ("HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE")
 _HOST_PREFIXES = ("VLLM_",)
@@ -26,8 +25,11 @@ _HOST_PREFIXES = ("VLLM_",)
 _NOT_FOR_FORKSERVER = frozenset({"CUDA_VISIBLE_DEVICES", "PYTHONSTARTUP", "PYTHONINSPECT"})
 
 
-def forkserver_environment(environ: Mapping[str, str], *, tag: str, run_id: str, device_kind: str) -> dict[str, str]:
-    """The environment of a forkserver: of ours what its imports read, and what makes a fork safe."""
+def forkserver_environment(environ: Mapping[str, str], *, tag: str, run_id: str) -> dict[str, str]:
+    """The environment of a forkserver: of ours what its imports read, and what makes a fork safe.
+
+    OpenMP's settings only where a user made them: an engine chooses its threads by its share of the cores.
+    """
     kept = {
         name: value
         for name, value in environ.items()
@@ -39,16 +41,10 @@ def forkserver_environment(environ: Mapping[str, str], *, tag: str, run_id: str,
         "MODELPOOL_RUN_ID": run_id,
         # Its threads would be started by the import, and a process with threads must not be forked.
         "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or _threads(device_kind),
         # Otherwise the title is written over the environment, where the tag is looked for.
         "SPT_NOENV": "1",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _threads(device_kind: str) -> str:
-    """OpenMP reads it at load, so it is one number for all hosts: the cores where they compute, else one."""
-    return "1" if device_kind == CUDA else str(max(1, len(os.sched_getaffinity(0))))
 
 
 def host_environment(environ: Mapping[str, str], *, device_kind: str, devices: tuple[int, ...]) -> dict[str, str]:
