@@ -215,7 +215,7 @@ def comparable(text: str) -> Any:
     said: set[str] = set()
     grown: dict[str, Any] = {}
     for line in text.splitlines():
-        kind = line
+        kind = "" if line.startswith("event: ") else line  # the event's name stands in its data again, as its type
         if line.startswith("data: {"):
             event = json.loads(line[6:])
             kind = event.get("type") or event.get("object")
