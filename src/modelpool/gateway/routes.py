@@ -6,6 +6,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from modelpool.errors import MethodNotAllowed, RouteNotFound
+from modelpool.relay.inference import JSON_PATHS
 
 
 class Kind(Enum):
@@ -36,24 +37,6 @@ class Route(NamedTuple):
     path: bytes
 
 
-# Exactly as vLLM's routers have them: some it serves below /v1, some at the root, some at both.
-_ENGINE_PATHS = (
-    b"/v1/chat/completions",
-    b"/v1/completions",
-    b"/v1/embeddings",
-    b"/v1/responses",
-    b"/v1/messages",
-    b"/v1/messages/count_tokens",
-    b"/v1/rerank",
-    b"/v2/rerank",
-    b"/rerank",
-    b"/v1/score",
-    b"/score",
-    b"/pooling",
-    b"/classify",
-    b"/tokenize",
-    b"/detokenize",
-)
 _POST = ("POST",)
 _GET = ("GET", "HEAD")
 _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
@@ -61,8 +44,9 @@ _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 def _inference_routes() -> dict[bytes, Route]:
     """Each engine path, and the same with `/v1` taken off or put before it: base URLs come either way."""
-    served = {path: path for path in _ENGINE_PATHS}
-    for path in _ENGINE_PATHS:
+    paths = sorted(path.encode() for path in JSON_PATHS)
+    served = {path: path for path in paths}
+    for path in paths:
         other = path[3:] if path.startswith(b"/v1/") else b"/v1" + path
         if not path.startswith(b"/v2/"):
             served.setdefault(other, path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
-_POST = frozenset(
+# Exactly as vLLM's routers have them: some it serves below /v1, some at the root, some at both.
+JSON_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
     | {"/v1/embeddings", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/pooling"}
-    | {"/classify", "/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"}
+    | {"/classify", "/tokenize", "/detokenize"}
 )
+"""Where a POST with a JSON body names its model."""
+_POST = JSON_PATHS | {"/v1/audio/transcriptions", "/v1/audio/translations"}
 _GET = frozenset({"/v1/models", "/health", "/version"})
 _STORED_RESPONSE = re.compile(r"/v1/responses/[\w-]+(/cancel)?")
 
