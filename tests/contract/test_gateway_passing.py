@@ -359,6 +359,18 @@ async def test_a_client_that_leaves_while_we_connect_leaves_nothing_behind() -> 
 
 
 @on_uvloop
+async def test_a_client_that_is_gone_before_its_request_was_begun_leaves_nothing_behind() -> None:
+    async with gateway(entry("m", [])) as world:
+        for _ in range(50):
+            client = await world.connect()
+            client.send(chat())
+            await client.writer.drain()
+            client.abort()  # both are there when the gateway looks: it reads the request and the end in one go
+        while world.listener.connections:
+            await asyncio.sleep(0.001)
+
+
+@on_uvloop
 async def test_a_client_that_reads_slowly_slows_the_engine_down_and_loses_nothing() -> None:
     total, produced = 32 << 20, 0
 

@@ -194,6 +194,16 @@ async def test_a_connect_has_a_deadline() -> None:
 
 
 @on_uvloop
+async def test_who_closes_as_soon_as_it_accepts_is_a_failure_like_any() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with serving(handle) as endpoint:
+        for _ in range(50):
+            assert isinstance(await failure_of(pool_of(endpoint)), UpstreamFailed)
+
+
+@on_uvloop
 async def test_a_new_connection_that_dies_before_an_answer_may_have_run_the_request() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_message(reader)

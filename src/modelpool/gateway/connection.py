@@ -148,8 +148,7 @@ class ClientConnection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """A piece of the answer to the request that is being served."""
         self.answered = True
-        if self._transport is not None:
-            self._transport.write(data)
+        self._send(data)
 
     def close_after(self) -> None:
         """End the connection with the answer that is being written."""
@@ -218,6 +217,8 @@ class ClientConnection(asyncio.Protocol):
         self._queue.clear()
         self._unread = b""
         if self._task is not None:
+            # Not in the task itself: cancelled before its first step, it never runs.
+            self._task.add_done_callback(lambda _: self._owner.left(self))
             self._task.cancel()
         else:
             self._owner.left(self)
@@ -246,6 +247,10 @@ class ClientConnection(asyncio.Protocol):
         elif self._phase is not _Phase.NOTHING:
             self._feed(data)
             self._next()
+
+    def _send(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)  # which raises once it is closed, before connection_lost comes
 
     # Reading
 
@@ -401,8 +406,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, item: Request | PoolError) -> None:
         if isinstance(item, PoolError):
-            assert self._transport is not None
-            self._transport.write(encode_error(item, close=True, head_only=False))
+            self._send(encode_error(item, close=True, head_only=False))
             self._linger()
             return
         self._serving = item
@@ -413,7 +417,7 @@ class ClientConnection(asyncio.Protocol):
         assert self._transport is not None
         if self._continue:
             self._continue = False
-            self._transport.write(CONTINUE)
+            self._send(CONTINUE)
         if not self._reading and not self._transport.is_closing():
             self._reading = True
             self._transport.resume_reading()
@@ -444,8 +448,8 @@ class ClientConnection(asyncio.Protocol):
         self._upstream = None
         self.answered = False
         if self._transport is None:
-            self._owner.left(self)
-        elif self.closes:
+            return
+        if self.closes:
             self._close()
         else:
             idle = self._phase is _Phase.IDLE

@@ -305,6 +305,8 @@ class Pool:
             if connection.usable:
                 return connection.begin(request, sink, head_only=head_only)
         connection = await self._connect()
+        if not connection.usable:
+            raise UpstreamFailed("The connection was closed as soon as it was taken.", may_have_run=False)
         return connection.begin(request, sink, head_only=head_only)
 
     def close(self) -> None:
