@@ -170,6 +170,26 @@ def test_a_dead_engine_is_seen_and_started_again(breakable_pool: PoolProcess, vi
     assert not group & {each.pid for each in pool.processes()}
 
 
+@pytest.mark.parametrize("victim", ["modelpool: worker", "modelpool: forkserver"])
+def test_real_engines_end_with_their_worker_but_not_with_their_forkserver(
+    breakable_pool: PoolProcess, victim: str
+) -> None:
+    pool = breakable_pool
+    engines = [*pool.processes("modelpool: host"), *pool.processes("VLLM::")]
+    assert len(engines) >= 2
+    process = pool.one(victim)
+    process.send_signal(signal.SIGSTOP)
+    process.kill()
+    if victim == "modelpool: worker":
+        eventually(lambda: not any(each.is_running() for each in engines), 5, lambda: str(pool.processes()))
+    else:
+        eventually(lambda: pool.one(victim).pid != process.pid, 10, lambda: "a new forkserver")
+        assert all(each.is_running() for each in engines)
+    pool.wait_active("demo", within=90)
+    body = {"model": "demo", "prompt": "Model", "max_tokens": 2}
+    assert pool.http.post("/v1/completions", json=body).status_code == 200
+
+
 def test_starting_and_stopping_gives_memory_back_every_time(demo_pool: PoolProcess, tmp_path: Path) -> None:
     model = str(make_text_model(tmp_path / "text"))
     kept = {each.pid for each in demo_pool.processes()}
