@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_hangup(link: socket.socket, act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` as soon as `link` reaches end of file inside the block, and once at its start if it is there already.
+    """Call `act` as soon as the other side of `link` is gone, and once at the start of the block if it is already.
 
     For the minutes in which a process imports or loads: the kernel signals every change of the socket (SIGIO), and
-    Python runs the handler between two instructions of the main thread. What arrives is only looked at.
+    Python runs the handler between two instructions of the main thread. What arrives is left to be read.
     """
 
     def check(*_: object) -> None:
@@ -35,10 +36,7 @@ def on_hangup(link: socket.socket, act: Callable[[], None]) -> Iterator[None]:
 
 
 def hung_up(link: socket.socket) -> bool:
-    """Whether the other side is gone and all it sent was read."""
-    try:
-        return link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
+    """Whether the other side is gone. What it sent before may still lie there unread."""
+    poll = select.poll()
+    poll.register(link, select.POLLRDHUP)
+    return bool(poll.poll(0))
