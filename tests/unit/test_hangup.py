@@ -27,8 +27,13 @@ def test_the_end_interrupts_whatever_runs_in_the_block() -> None:
         raise Gone
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, pytest.raises(Gone), on_hangup(ours, act):
-        theirs.send(b"unread")
-        theirs.close()
-        while True:
-            pass
+    theirs.send(b"unread")
+
+    def busy() -> None:
+        with on_hangup(ours, act):
+            theirs.close()
+            while True:
+                pass
+
+    with ours, pytest.raises(Gone):
+        busy()
