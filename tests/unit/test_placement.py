@@ -46,6 +46,13 @@ def test_a_refusal_gives_the_numbers_of_every_worker() -> None:
     assert two == Refusal("a: needs 2 devices, has 1")
 
 
+def test_on_a_cpu_the_ranks_of_a_model_share_the_one_device() -> None:
+    choice = place(Need(devices=2, bytes_each=GB), [candidate("a", room(kind="cpu"))])
+    assert isinstance(choice, Placement)
+    assert choice.devices == (0,)
+    assert isinstance(place(Need(devices=2, bytes_each=GB), [candidate("a")]), Refusal)
+
+
 def test_what_a_model_does_not_say_is_decided_by_the_kind_of_device() -> None:
     assert Need().on(room(kind="cpu")) == 2 * GB
     assert Need().on(room(total=100)) == 90 * GB

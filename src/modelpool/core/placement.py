@@ -84,10 +84,12 @@ def _fit(need: Need, candidate: Candidate) -> tuple[tuple[DeviceRoom, ...], str]
     """The devices to use on one worker, those with the most room first; or why there are none."""
     if candidate.refusal:
         return (), candidate.refusal
-    if len(candidate.devices) < need.devices:
+    # A machine without accelerators is one device, on which the ranks of a model share cores and memory.
+    count = 1 if all(device.kind == "cpu" for device in candidate.devices) else need.devices
+    if len(candidate.devices) < count:
         return (), f"needs {need.devices} devices, has {len(candidate.devices)}"
     by_room = sorted(candidate.devices, key=lambda device: (need.on(device) - device.free_bytes, device.index))
-    chosen = by_room[: need.devices]
+    chosen = by_room[:count]
     short = [device for device in chosen if need.on(device) > device.free_bytes]
     if short:
         worst = short[-1]
