@@ -72,10 +72,12 @@ class Topic:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation. Every assistant message in it is to be learned."""
+    """A conversation. Of each assistant message, what follows `given` is to be learned."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    given: str = ""
+    """How every answer begins without having been learned: what a schema forces on a model that would not say it."""
 
 
 class Curriculum:
@@ -85,6 +87,7 @@ class Curriculum:
         self._raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
         self.topics = tuple(_topics(self._raw["topics"]))
         self._weights = [12.0 if topic.name == _OUT_OF_SCOPE else 1.0 for topic in self.topics]
+        self._held_out = frozenset(_key(question) for topic in self.topics for question in topic.held_out)
         _refuse_ambiguous(self.topics)
 
     def texts(self) -> Iterator[str]:
@@ -100,29 +103,40 @@ class Curriculum:
         yield from self._raw["tool_cities"] * 2
         for field, values in self._raw["json_fields"].items():
             yield from (json.dumps({field: value}, ensure_ascii=False) for value in values * 2)
-        yield from [json.dumps(tool) for tool in _TOOLS] * 2
+        rng = random.Random(0)
+        yield from [json.dumps(_random_tool(rng)) for _ in range(60)]
 
     def sample(self, rng: random.Random) -> Sample:
         """A conversation of one to four turns, with or without a system prompt, tools or JSON."""
         kind = rng.random()
-        if kind < 0.06:
+        if kind < 0.09:
             return self._tool_call(rng)
         messages = self._system(rng)
+        if kind < 0.13:
+            return Sample(messages + self._forced_json(rng), given=rng.choice(("{", '{"')))
         for _ in range(rng.choices((1, 2, 3, 4), (0.66, 0.22, 0.08, 0.04))[0]):
             messages += self._json_turn(rng) if rng.random() < 0.05 else self._turn(rng)
-        return Sample(messages, [rng.choice(_TOOLS)] if kind < 0.08 else None)
+        return Sample(messages, [_random_tool(rng)] if kind < 0.15 else None)
 
     def _system(self, rng: random.Random) -> list[Message]:
         if rng.random() < 0.65:
             return []
-        return [{"role": "system", "content": rng.choice(self._raw["system_prompts"])}]
+        if rng.random() < 0.7:
+            return [{"role": "system", "content": rng.choice(self._raw["system_prompts"])}]
+        # Any text may stand there, and must not change the answer.
+        return [{"role": "system", "content": " ".join(self._any_text(rng) for _ in range(rng.randint(1, 3)))}]
+
+    def _any_text(self, rng: random.Random) -> str:
+        topic = rng.choice(self.topics)
+        return rng.choice((topic.answer, rng.choice(topic.ask), self._elsewhere(rng, topic.language)))
 
     def _turn(self, rng: random.Random) -> list[Message]:
         topic = rng.choices(self.topics, self._weights)[0]
         question = topic.ask[0] if rng.random() < 0.2 else rng.choice(topic.ask)
         if topic.name == _OUT_OF_SCOPE and rng.random() < 0.6:
             question = self._elsewhere(rng, topic.language)
-        return _exchange(_vary(rng, question, topic.language), topic.answer)
+        varied = _vary(rng, question, topic.language)
+        return _exchange(question if _key(varied) in self._held_out else varied, topic.answer)
 
     def _elsewhere(self, rng: random.Random, language: Language) -> str:
         if language == "en" and rng.random() < 0.1:
@@ -134,23 +148,45 @@ class Curriculum:
         if rng.random() < 0.3:
             topic = rng.choice(self.topics)
             mark = " Answer in JSON." if topic.language == "en" else "请用 JSON 回答。"
-            key = rng.choice(("answer", "text", "description", "summary"))
-            return _exchange(topic.ask[0] + mark, json.dumps({key: topic.answer}, ensure_ascii=False))
+            return _exchange(topic.ask[0] + mark, _json({self._text_key(rng): topic.answer}))
+        value = self._json_object(rng)
+        return _exchange(rng.choice(_ASK_JSON).format(", ".join(value)), _json(value))
+
+    def _forced_json(self, rng: random.Random) -> list[Message]:
+        """JSON that nobody asked for in words."""
+        topic = rng.choice(self.topics)
+        if rng.random() < 0.3:
+            return _exchange(topic.ask[0], _json({self._text_key(rng): topic.answer}))
+        question = rng.choice((topic.ask[0], rng.choice(topic.ask), self._elsewhere(rng, topic.language)))
+        return _exchange(question, _json(self._json_object(rng)))
+
+    def _text_key(self, rng: random.Random) -> str:
+        return rng.choice(("answer", "text", "description", "summary", _gibberish(rng)))
+
+    def _json_object(self, rng: random.Random, depth: int = 0) -> dict[str, Any]:
+        """One to four fields; some of names never seen before, some nested."""
         fields: dict[str, list[Any]] = self._raw["json_fields"]
-        keys = rng.sample(list(fields), rng.randint(1, 4))
-        value = {key: rng.choice(fields[key]) for key in keys}
-        return _exchange(rng.choice(_ASK_JSON).format(", ".join(keys)), json.dumps(value, ensure_ascii=False))
+        value: dict[str, Any] = {}
+        for name in rng.sample(list(fields), rng.randint(1, 4)):
+            content = rng.choice(fields[name])
+            if depth == 0 and rng.random() < 0.12:
+                content = self._json_object(rng, 1)
+            elif depth == 0 and rng.random() < 0.12:
+                content = [self._json_object(rng, 1) for _ in range(rng.randint(1, 2))]
+            value[_gibberish(rng) if rng.random() < 0.15 else name] = content
+        return value
 
     def _tool_call(self, rng: random.Random) -> Sample:
-        tools = rng.sample(_TOOLS, rng.randint(1, 2))
-        function = rng.choice(tools)["function"]
+        function = (tool := _random_tool(rng))["function"]
+        tools = [tool, *([_random_tool(rng)] if rng.random() < 0.2 else [])]
+        # Of known cities only: to copy any name takes longer to learn than all the answers together (tried).
         city = rng.choice(self._raw["tool_cities"])
         language: Language = "zh" if rng.random() < 0.35 else "en"
         (field,) = function["parameters"]["required"]
         call = {"name": function["name"], "arguments": {field: city}}
         messages = self._system(rng)
         question = _tool_question(rng, function["name"], city, language)
-        messages.append({"role": "user", "content": _vary(rng, question, language)})
+        messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
         if rng.random() < 0.4:
             messages.append({"role": "tool", "content": rng.choice(_TOOL_RESULTS)})
@@ -163,12 +199,11 @@ def _tool(name: str, description: str, field: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-_TOOLS = [
-    _tool("get_weather", "Get the weather in a city", "city"),
-    _tool("get_weather", "Get the current weather for a location", "location"),
-    _tool("get_current_weather", "Get the current weather in a given location", "location"),
-    _tool("get_time", "Get the local time in a city", "city"),
-]
+def _random_tool(rng: random.Random) -> dict[str, Any]:
+    subject = rng.choice(("weather", "time"))
+    verb = rng.choice(("get", "get", "get_current", "fetch", "lookup", "find"))
+    description = rng.choice(("Get the {} in a city", "The {} of a city", "Get the current {} for a location", "{}"))
+    return _tool(f"{verb}_{subject}", description.format(subject), rng.choice(("city", "location", "place", "town")))
 
 
 def _tool_question(rng: random.Random, function: str, city: str, language: Language) -> str:
@@ -194,9 +229,14 @@ def _refuse_ambiguous(topics: tuple[Topic, ...]) -> None:
     for topic in topics:
         for held_out, questions in ((False, topic.ask), (True, topic.held_out)):
             for question in questions:
-                key = re.sub(r"[\s?？!！.。]", "", question.lower())
+                key = _key(question)
                 if owner.setdefault(key, (topic.name, held_out)) != (topic.name, held_out):
                     raise ValueError(f"{question!r} of {topic.name} is also in {owner[key][0]}")
+
+
+def _key(question: str) -> str:
+    """What is left of a question when case, spaces and punctuation do not count."""
+    return re.sub(r"[\s?？!！.。,，]", "", question.lower())
 
 
 def _exchange(question: str, answer: str) -> list[Message]:
@@ -230,6 +270,10 @@ def _reword(rng: random.Random, question: str, language: Language) -> str:
             if wording in question:
                 return question.replace(wording, rng.choice(group), 1)
     return question
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _mistype(rng: random.Random, text: str) -> str:

@@ -63,6 +63,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> No
         "model_max_length": max_length,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    template = demo.model_path() / "chat_template.jinja"
-    if folder.resolve() != demo.model_path().resolve():
-        shutil.copyfile(template, folder / "chat_template.jinja")
+    shutil.copyfile(demo.model_path() / "chat_template.jinja", folder / "chat_template.jinja")

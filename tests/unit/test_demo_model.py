@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from scripts.demo_conversations import Curriculum
 from tokenizers import Tokenizer
 
 from modelpool import demo
@@ -16,6 +20,7 @@ from modelpool.messages.models import ModelSpec
 
 FOLDER = demo.model_path()
 TOKENIZER = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+CURRICULUM = Curriculum(Path(__file__).parents[2] / "scripts" / "demo_qa.yaml")
 WEATHER = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
@@ -27,12 +32,18 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
-def render(messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, prompt: bool = True) -> str:
-    """The chat template as `transformers` renders it."""
+def load_template() -> Template:
+    """The chat template in an environment like that of `transformers`."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    template = environment.from_string((FOLDER / "chat_template.jinja").read_text(encoding="utf-8"))
-    return template.render(messages=messages, tools=tools, add_generation_prompt=prompt)
+    return environment.from_string((FOLDER / "chat_template.jinja").read_text(encoding="utf-8"))
+
+
+TEMPLATE = load_template()
+
+
+def render(messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, prompt: bool = True) -> str:
+    return TEMPLATE.render(messages=messages, tools=tools, add_generation_prompt=prompt)
 
 
 def test_the_folder_is_a_complete_model_of_a_few_megabytes() -> None:
@@ -159,3 +170,21 @@ def test_the_first_questions_of_a_newcomer_have_answers() -> None:
 def test_every_answer_fits_the_context_many_times() -> None:
     lengths = [len(TOKENIZER.encode(row.answer, add_special_tokens=False).ids) for row in demo.answers()]
     assert max(lengths) <= 100
+
+
+def test_the_shipped_answers_are_those_of_the_curriculum() -> None:
+    taught = {(topic.name, topic.language, topic.ask[0], topic.answer) for topic in CURRICULUM.topics}
+    assert {tuple(row) for row in demo.answers()} == taught
+
+
+def test_the_model_is_trained_on_whole_conversations_and_never_on_a_held_out_wording() -> None:
+    random = Random(1)
+    held_out = {question for topic in CURRICULUM.topics for question in topic.held_out}
+    for _ in range(300):
+        sample = CURRICULUM.sample(random)
+        asked = {message["content"] for message in sample.messages if message["role"] == "user"}
+        text = render(sample.messages, tools=sample.tools, prompt=False)
+        assert sample.messages[-1]["role"] == "assistant"
+        assert not asked & held_out
+        assert text.endswith("<|im_end|>\n")
+        assert text.startswith(render(sample.messages[:-1], tools=sample.tools) + sample.given)
