@@ -92,7 +92,8 @@ async def _bring_up(home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo
                 await asyncio.sleep(_POLL_S)  # the manager is being started again
                 continue
             screen.progress(status.models)
-            if not status.recovering and all(_settled(model) for model in status.models):
+            here = any(worker.alive and worker.run_id == pool.run_id for worker in status.workers)
+            if here and not status.recovering and all(_settled(model) for model in status.models):
                 screen.ready(pool.gateway.url, pool.run_id, status.models)
                 return
             await asyncio.sleep(_POLL_S)
