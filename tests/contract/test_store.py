@@ -70,3 +70,16 @@ def test_a_store_of_another_schema_or_no_store_at_all_is_refused(tmp_path: Path)
     (tmp_path / "text.db").write_text("not a database, but long enough to be read as one" * 10)
     with pytest.raises(StoreError, match="not a database"):
         asyncio.run(opened(tmp_path / "text.db"))
+
+
+def test_a_model_that_cannot_be_read_keeps_no_other_from_being_served(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with open_store(url(tmp_path / "s.db")) as store:
+            await store.add_model(spec("a"), 1)
+            await store.add_model(spec("b"), 2)
+        with sqlite3.connect(tmp_path / "s.db") as connection:
+            connection.execute("UPDATE models SET spec = json_set(spec, '$.fake_capacity', 0) WHERE alias = 'a'")
+        async with open_store(url(tmp_path / "s.db")) as store:
+            assert [each.spec.alias for each in await store.models()] == ["b"]
+
+    asyncio.run(story())

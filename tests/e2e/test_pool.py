@@ -201,6 +201,32 @@ def test_a_model_runs_on_two_workers_and_both_get_requests(tmp_path: Path) -> No
                 second.kill()
 
 
+def test_a_request_that_kills_its_engine_is_not_sent_to_the_next_one(own_pool: PoolProcess) -> None:
+    own_pool.register("m", fake=True, min_replicas=3)
+    own_pool.wait_active("m", replicas=3)
+    with ThreadPoolExecutor(12) as threads:  # so that connections to each of them are kept
+        list(
+            threads.map(lambda _: own_pool.http.post("/v1/completions", json={"model": "m", "prompt": "x"}), range(48))
+        )
+    deadly = own_pool.http.post(
+        "/v1/completions", json={"model": "m", "prompt": "x"}, headers={"X-Fake-Crash-After-Tokens": "0"}
+    )
+    assert (deadly.status_code, deadly.json()["error"]["code"]) == (502, "upstream_failed")
+    eventually(lambda: any(each["failures"] for each in own_pool.model("m")["instances"]), 5, lambda: "seen")
+    assert sum(each["failures"] for each in own_pool.model("m")["instances"]) == 1
+
+
+def test_a_second_worker_of_the_same_name_is_turned_away(own_pool: PoolProcess, tmp_path: Path) -> None:
+    body = {
+        "info": {"worker_id": "w1", "incarnation": "other", "url": "http://127.0.0.1:9"},
+        "devices": [],
+        "engines": {},
+    }
+    answer = own_pool.http.post("/workers/register", json=body, headers={"Authorization": f"Bearer {own_pool.token}"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "worker_id_taken")
+    assert "--worker-id" in answer.json()["error"]["message"]
+
+
 def test_models_are_there_again_after_a_restart_of_everything(tmp_path: Path) -> None:
     flags = {"MODELPOOL_ENGINES": "fake"}
     with running_pool(tmp_path, "--no-demo", **flags) as pool:

@@ -59,3 +59,17 @@ def test_what_is_not_json_is_a_400(body: bytes) -> None:
 def test_a_long_value_is_not_repeated_in_full() -> None:
     error = refused(msgspec.json.encode({"alias": 1, "model_name": "m", "x": "y" * 10_000}))
     assert len(error.message) < 1000
+
+
+def test_a_size_that_no_machine_has_is_refused() -> None:
+    assert refused(b'{"alias":"a","fake":true,"gpu_memory_gb":1e300}').param == "gpu_memory_gb"
+
+
+def test_json_that_is_too_deep_is_a_400() -> None:
+    with pytest.raises(InvalidRequest):
+        decode_body(b'{"alias":"a","fake":true,"engine_args":' + b"[" * 100_000 + b"]" * 100_000 + b"}", ModelSpec)
+
+
+@pytest.mark.parametrize("alias", ["x/logs", "status", "x/stop/y"])
+def test_an_alias_that_a_path_could_not_tell_from_an_order_is_refused(alias: str) -> None:
+    assert refused(msgspec.json.encode({"alias": alias, "fake": True})).param == "alias"

@@ -91,8 +91,10 @@ class Child:
                 pause = RESTART_INITIAL_S
             await asyncio.sleep(pause)
             pause = min(RESTART_MAX_S, pause * 2)
-            with contextlib.suppress(StartupError):
+            try:
                 await self.start()
+            except (StartupError, OSError, msgspec.DecodeError) as error:
+                self._notice(f"the {self.part} could not be started again: {error}")
 
     async def end(self) -> None:
         """SIGTERM; SIGKILL to its session when it has not ended in time."""
@@ -103,7 +105,7 @@ class Child:
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+            os.kill(process.pid, signal.SIGTERM)  # `terminate` would reap it behind the loop's back
         try:
             async with asyncio.timeout(END_DEADLINE_S):
                 await process.wait()
@@ -198,6 +200,7 @@ async def _announcement(reader: int, process: asyncio.subprocess.Process) -> Ann
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[int]:
     """The child's log, opened for appending; the one before is kept beside it once it is long."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size > _LOG_BYTES_MAX:
         path.replace(path.with_suffix(".log.1"))
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

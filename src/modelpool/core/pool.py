@@ -5,6 +5,7 @@ Models are wanted until someone removes them. Instances belong to a worker: losi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -152,11 +153,19 @@ class OrderRefused(msgspec.Struct, frozen=True):
     reason: str
 
 
+class OrderPostponed(msgspec.Struct, frozen=True):
+    """An order was not given, since another one about the instance was under way: it is due again."""
+
+    key: Key
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Nothing happened but time."""
 
 
-Event = ModelRegistered | ModelRemoved | WorkerReported | WorkerGone | OrderAnswered | OrderRefused | Tick
+Event = (
+    ModelRegistered | ModelRemoved | WorkerReported | WorkerGone | OrderAnswered | OrderRefused | OrderPostponed | Tick
+)
 
 
 def apply(pool: Pool, event: Event, now: float) -> Pool:
@@ -184,6 +193,8 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             return change(pool, key, acknowledged=True, missing=0)
         case OrderRefused(key, reason):
             return _refused(pool, key, reason, now)
+        case OrderPostponed(key):
+            return change(pool, key, ordered_at=-math.inf)
         case Tick():
             return _time_passed(pool, now)
 

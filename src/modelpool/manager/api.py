@@ -11,15 +11,21 @@ from fastapi.responses import StreamingResponse
 
 from modelpool import __version__
 from modelpool.control_http import answer, body_schema, render_errors
+from modelpool.errors import BodyTooLarge
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
 from modelpool.messages.models import ModelSpec, decode_body
 from modelpool.messages.workers import Heartbeat, RegisterWorker
 
+MAX_SPEC_BYTES = 256 << 10
+"""It travels with every order and every heartbeat."""
+
 
 def control_app(manager: ManagerPort) -> FastAPI:
     """Every route of the control plane. Who may call is decided by whoever serves it."""
-    app = FastAPI(title="Model Pool control", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Model Pool control", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     render_errors(app)
     _add_model_routes(app, manager)
     _add_worker_routes(app, manager)
@@ -46,7 +52,10 @@ def control_app(manager: ManagerPort) -> FastAPI:
 def _add_model_routes(app: FastAPI, manager: ManagerPort) -> None:
     @app.post("/admin/models/register", openapi_extra=body_schema(ModelSpec))
     async def register(request: Request) -> Response:
-        spec = decode_body(await request.body(), ModelSpec)
+        body = await request.body()
+        if len(body) > MAX_SPEC_BYTES:
+            raise BodyTooLarge(f"A model's body may have {MAX_SPEC_BYTES} bytes, this one has {len(body)}.")
+        spec = decode_body(body, ModelSpec)
         return answer(Registered(status="success", routing=await manager.register_model(spec)))
 
     @app.get("/admin/models")

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _SUBSCRIBER_BACKLOG = 256
 _WATCH_RETRY_S = 1.0
+_NAME_HELD_S = 15.0
+"""A worker that was heard within this keeps its name."""
 
 
 @asynccontextmanager
@@ -85,6 +87,8 @@ class Manager:
         self._owned: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ordering: set[core.Key] = set()
+        # Orders that came up while one about the same instance was under way.
+        self._postponed: set[core.Key] = set()
         self._published: dict[str, ModelEntry] | None = None
         self._sequence = 0
         self._subscribers: set[asyncio.Queue[Update]] = set()
@@ -143,7 +147,10 @@ class Manager:
         """Give one order. An answer becomes an event; silence none, and the order is given again when it is due."""
         key = (effect.worker_id, effect.instance)
         facts = self._facts.get(effect.worker_id)
-        if key in self._ordering or facts is None:
+        if facts is None:
+            return
+        if key in self._ordering:
+            self._postponed.add(key)
             return
         self._ordering.add(key)
         try:
@@ -160,6 +167,9 @@ class Manager:
             log.exception("%s: an order about %s failed", effect.worker_id, effect.instance)
         finally:
             self._ordering.discard(key)
+            if key in self._postponed:
+                self._postponed.discard(key)
+                self._apply(core.OrderPostponed(key))
 
     async def _order_start(self, url: str, effect: Start) -> None:
         spec = self._specs.get(effect.alias)
@@ -197,9 +207,10 @@ class Manager:
                 )
             if known is None:
                 created = int(time.time())
+                model = _model(spec, created)
                 await self._store.add_model(spec, created)
                 self._specs[spec.alias] = spec
-                self._apply(core.ModelRegistered(_model(spec, created)))
+                self._apply(core.ModelRegistered(model))
                 log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
         return self._view(spec.alias)
 
@@ -251,12 +262,26 @@ class Manager:
     async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
         info = message.info
         _check_url(info.url)
+        self._check_name(info)
         async with self._writing:
             await self._store.remember_worker(info.worker_id, info.url)
         log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
         self._heard(info, message.devices, message.engines, message.instances)
         self._watch(info, anew=True)
         return HeartbeatAnswer(gateways=self._gateways)
+
+    def _check_name(self, info: WorkerInfo) -> None:
+        """Raises Conflict where another live worker has this name: the two would take each other's place for ever."""
+        facts, worker = self._facts.get(info.worker_id), self._pool.workers.get(info.worker_id)
+        if facts is None or worker is None or not worker.alive or facts.info.incarnation == info.incarnation:
+            return
+        if facts.info.url != info.url and _now() - worker.last_seen < _NAME_HELD_S:
+            raise Conflict(
+                f"A worker named `{info.worker_id}` is alive at {facts.info.url}; give this one another name "
+                "(--worker-id, WORKER_ID).",
+                param="info.worker_id",
+                code="worker_id_taken",
+            )
 
     async def heartbeat(self, worker_id: str, message: Heartbeat) -> HeartbeatAnswer:
         facts = self._facts.get(worker_id)

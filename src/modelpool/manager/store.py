@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
@@ -14,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from modelpool.errors import PoolFault
 from modelpool.messages.models import ModelSpec
+
+log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 1
 _metadata = sa.MetaData()
@@ -50,6 +53,15 @@ class StoredModel(msgspec.Struct, frozen=True):
     created: int
 
 
+def _stored_model(alias: str, spec: object, created: int) -> StoredModel | None:
+    """A row as a model. One that this version cannot read must not keep all others from being served."""
+    try:
+        return StoredModel(msgspec.convert(spec, ModelSpec), created)
+    except msgspec.ValidationError as error:
+        log.error("the stored model `%s` is left out: %s", alias, error)
+        return None
+
+
 class Store:
     """An open store. Every write is one transaction and is on disk when the call returns."""
 
@@ -68,7 +80,8 @@ class Store:
     async def models(self) -> list[StoredModel]:
         async with _transaction(self._engine) as connection:
             rows = await connection.execute(sa.select(_models).order_by(_models.c.created, _models.c.alias))
-            return [StoredModel(msgspec.convert(row.spec, ModelSpec), row.created) for row in rows]
+            stored = [_stored_model(row.alias, row.spec, row.created) for row in rows]
+            return [each for each in stored if each is not None]
 
     async def add_model(self, spec: ModelSpec, created: int) -> None:
         raw = json.loads(msgspec.json.encode(spec))

@@ -19,6 +19,8 @@ WorkerId = NewType("WorkerId", str)
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _REPLICA_SUFFIX = re.compile(r"-r[0-9]+$")
 
+_PATH_WORDS = frozenset({"v1", "logs", "status", "stop", "sleep", "wake"})
+
 # vLLM arguments that the pool itself sets; taking them from a user would break routing or security.
 OWNED_ENGINE_ARGS = frozenset(
     {"model", "served_model_name", "host", "port", "uds", "api_key", "root_path", "ssl_keyfile", "ssl_certfile"}
@@ -42,7 +44,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     engine: EngineKind = EngineKind.VLLM
     max_model_len: Annotated[int, Meta(ge=1)] | None = None
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
-    gpu_memory_gb: Annotated[float, Meta(gt=0)] | None = None
+    gpu_memory_gb: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=1024)] = 1
     min_replicas: Annotated[int, Meta(ge=0, le=1024)] | None = None
     max_replicas: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -74,8 +76,8 @@ def _problem(spec: ModelSpec) -> str | None:
         return f"alias: {spec.alias!r} must be letters, digits, '.', '_', '-', in parts joined by '/'"
     if _REPLICA_SUFFIX.search(spec.alias):
         return f"alias: {spec.alias!r} ends like a replica's name (`-r` and a number), which the pool gives itself"
-    if "v1" in spec.alias.split("/"):
-        return f"alias: {spec.alias!r} has a part `v1`, which would be ambiguous in a path"
+    if reserved := _PATH_WORDS & set(spec.alias.split("/")):
+        return f"alias: {spec.alias!r} has a part `{min(reserved)}`, which would be ambiguous in a path"
     if spec.engine is EngineKind.VLLM and not spec.model_name:
         return "model_name: required, a hub name or a local path"
     if spec.engine is EngineKind.VLLM and (set_ := [name for name in _FAKE_FIELDS if _is_set(spec, name)]):
@@ -113,7 +115,7 @@ def decode_body(body: bytes, type_: type[T]) -> T:
     """
     try:
         raw = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     try:
         return msgspec.convert(raw, type_)
