@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import httpx
 import msgspec
+import setproctitle
 from rich.console import Console
 from rich.live import Live
 
@@ -42,6 +44,9 @@ class Screen(Protocol):
 
 async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
     """Run a pool until SIGINT or SIGTERM. Raises StartupError with a reason and what to do about it."""
+    # Also out of the process list: a key given as a flag. The environment stays readable for its run id.
+    os.environ.setdefault("SPT_NOENV", "1")
+    setproctitle.setproctitle("modelpool: up")
     home = Home(settings.home_path)
     home.cluster_token()
     home.admin_key()

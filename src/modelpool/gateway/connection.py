@@ -104,6 +104,7 @@ class ClientConnection(asyncio.Protocol):
         "_reading",
         "_request",
         "_serving",
+        "_stalled_at",
         "_target",
         "_task",
         "_transport",
@@ -124,6 +125,7 @@ class ClientConnection(asyncio.Protocol):
         self._deadline = 0.0
         self._reading = True
         self._writable = True
+        self._stalled_at = math.inf
         # The message that is being read
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -185,7 +187,10 @@ class ClientConnection(asyncio.Protocol):
         return self._task
 
     def check(self, now: float) -> None:
-        """Enforce the deadline, if the client let one pass."""
+        """Enforce the deadlines, if the client let one pass."""
+        if now - self._stalled_at > self._limits.flush_s:
+            self.abort()  # it reads nothing of its answer, and holds its place in the engine
+            return
         if now < self._deadline or self._task is not None or self._transport is None:
             return
         if self._phase in (_Phase.HEAD, _Phase.BODY):
@@ -232,11 +237,13 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._writable = False
+        self._stalled_at = self._loop.time()
         if self._upstream is not None:
             self._upstream.pause()
 
     def resume_writing(self) -> None:
         self._writable = True
+        self._stalled_at = math.inf
         if self._upstream is not None:
             self._upstream.resume()
         self._next()

@@ -6,7 +6,7 @@ import logging
 
 import msgspec
 
-from modelpool.errors import Draining, EngineError, InstanceNotFound
+from modelpool.errors import Draining, EngineError, InstanceNotFound, UpstreamFailed
 from modelpool.gateway.body import model_of
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.instances import Instance
@@ -63,8 +63,14 @@ class Inference:
             fixed=instance.fixed,
             body=request.body,
         )
-        if not await _attempt(instance, upstream, request, client, fresh=False):
+        if await _attempt(instance, upstream, request, client, fresh=False):
+            return
+        try:
             await _attempt(instance, upstream, request, client, fresh=True)
+        except EngineError as error:
+            # A host that closed an idle connection takes new ones. Nobody there means that it died, perhaps of this
+            # very request: sent on, it would be the death of one replica after the other.
+            raise UpstreamFailed(f"The instance {instance.name} died before it answered.") from error
 
 
 async def _attempt(
