@@ -120,6 +120,7 @@ def test_what_is_wrong_is_said_in_the_openai_envelope(
     param: str | None,
 ) -> None:
     fake_pool.register("echo", fake=True)
+    eventually(lambda: fake_pool.http.get("/v1/models/echo").is_success, 5, lambda: "the gateway knows it")
     answer = fake_pool.http.request(method, path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
 import msgspec
@@ -41,6 +41,7 @@ from modelpool.messages.workers import (
 log = logging.getLogger(__name__)
 
 _SUBSCRIBER_BACKLOG = 256
+_TELL_S = 0.5
 _WATCH_RETRY_S = 1.0
 _NAME_HELD_S = 15.0
 """A worker that was heard within this keeps its name."""
@@ -116,19 +117,21 @@ class Manager:
     async def act(self) -> None:
         """Reconcile and publish whenever something changed or time is due, until cancelled."""
         while True:
-            now = _now()
-            pool, effects = reconcile(core.apply(self._pool, core.Tick(), now), now)
-            self._pool = pool
-            self._changed.clear()
-            for effect in effects:
-                self._own(self._order(effect))
-            self._publish()
+            self._act_now()
             due = next_deadline(self._pool)
             try:
                 async with asyncio.timeout(None if due is None else max(0.01, due - _now())):
                     await self._changed.wait()
             except TimeoutError:
                 pass
+
+    def _act_now(self) -> None:
+        now = _now()
+        self._pool, effects = reconcile(core.apply(self._pool, core.Tick(), now), now)
+        self._changed.clear()
+        for effect in effects:
+            self._own(self._order(effect))
+        self._publish()
 
     def _apply(self, event: core.Event) -> None:
         self._pool = core.apply(self._pool, event, _now())
@@ -211,6 +214,8 @@ class Manager:
                 await self._store.add_model(spec, created)
                 self._specs[spec.alias] = spec
                 self._apply(core.ModelRegistered(model))
+                self._act_now()
+                await self._told_gateways()  # before its user is: their first request may come at once
                 log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
         return self._view(spec.alias)
 
@@ -409,8 +414,16 @@ class Manager:
                     yield None
                 else:
                     yield update
+                    queue.task_done()
         finally:
             self._subscribers.discard(queue)
+
+    async def _told_gateways(self) -> None:
+        """Wait until what was published is on its way to every gateway; not long for one that reads nothing."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TELL_S):
+                for queue in list(self._subscribers):
+                    await queue.join()
 
 
 def _now() -> float:
