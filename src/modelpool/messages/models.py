@@ -19,7 +19,7 @@ WorkerId = NewType("WorkerId", str)
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _REPLICA_SUFFIX = re.compile(r"-r[0-9]+$")
 
-_PATH_WORDS = frozenset({"v1", "logs", "status", "stop", "sleep", "wake"})
+_PATH_WORDS = frozenset({"v1", "logs"})
 
 # vLLM arguments that the pool itself sets; taking them from a user would break routing or security.
 OWNED_ENGINE_ARGS = frozenset(
