@@ -18,7 +18,7 @@ from rich.console import Console
 
 from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
-from modelpool.cli.client import PoolClient, fail
+from modelpool.cli.client import PoolClient, fail, local_address
 from modelpool.cli.tables import instances_table, models_table, progress_text, status_line, workers_table
 from modelpool.core.lifecycle import InstanceState
 from modelpool.home import AlreadyRunning
@@ -118,6 +118,10 @@ def worker_command(
             "worker.public_url": public_url,
         },
     )
+    if settings.worker.manager_url == Settings().worker.manager_url and (local := local_address(settings)):
+        settings = msgspec.structs.replace(
+            settings, worker=msgspec.structs.replace(settings.worker, manager_url=local.url)
+        )
     os.environ.update(to_environ(settings), SPT_NOENV="1")
     raise typer.Exit(worker_main())
 
@@ -140,6 +144,8 @@ def register_command(
     json: JsonOption = False,
 ) -> None:
     """Register a model; it is started, and stays registered until it is removed."""
+    if model_name is not None and model_name.startswith((".", "~")):
+        model_name = str(Path(model_name).expanduser().absolute())  # relative to whoever types it, not to the worker
     body = _body_from(file)
     given: dict[str, Any] = {
         "alias": alias,

@@ -46,7 +46,7 @@ class PoolClient:
     """The admin API of one pool."""
 
     def __init__(self, settings: Settings, url: str | None) -> None:
-        local = _local_address(settings)
+        local = local_address(settings)
         self.url = (url or (local.url if local else DEFAULT_URL)).rstrip("/")
         self.key = _key(settings, local=local is not None and local.url == self.url)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -99,7 +99,8 @@ class PoolClient:
             fail(f"{self.url} does not answer as it should: {error or type(error).__name__}.")
 
 
-def _local_address(settings: Settings) -> PoolAddress | None:
+def local_address(settings: Settings) -> PoolAddress | None:
+    """Where the pool of this home serves; None where none runs."""
     try:
         return msgspec.json.decode(address_file(settings).read_bytes(), type=PoolAddress)
     except (OSError, msgspec.DecodeError):
