@@ -169,15 +169,44 @@ def test_a_dead_engine_is_seen_and_started_again(breakable_pool: PoolProcess, vi
     assert not group & {each.pid for each in pool.processes()}
 
 
+@pytest.mark.parametrize("how", ["kill", "stop then kill"])
+@pytest.mark.parametrize("victim", ["modelpool: manager", "modelpool: gateway"])
+def test_a_real_engine_runs_on_when_the_manager_or_the_gateway_dies(
+    breakable_pool: PoolProcess, victim: str, how: str
+) -> None:
+    pool = breakable_pool
+    engines = [*pool.processes("modelpool: host"), *pool.processes("VLLM::")]
+    process, epoch = pool.one(victim), pool.status()["epoch"]
+    stream = {"model": "demo", "prompt": "Model", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with pool.http.stream("POST", "/v1/completions", json=stream) as response:
+        lines = response.iter_lines()
+        next(lines)
+        if how == "stop then kill":
+            process.send_signal(signal.SIGSTOP)
+        process.kill()
+        if victim == "modelpool: manager":
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    if victim == "modelpool: manager":
+        assert pool.answers("demo")
+        eventually(lambda: pool.status().get("epoch", epoch) != epoch, 30, lambda: f"a new manager: {pool.status()}")
+    else:
+        eventually(lambda: pool.answers("demo"), 15, lambda: "the gateway answers")
+    pool.wait_active("demo", within=30)
+    assert pool.one(victim).pid != process.pid
+    assert all(each.is_running() for each in engines)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop then kill"])
 @pytest.mark.parametrize("victim", ["modelpool: worker", "modelpool: forkserver"])
 def test_real_engines_end_with_their_worker_but_not_with_their_forkserver(
-    breakable_pool: PoolProcess, victim: str
+    breakable_pool: PoolProcess, victim: str, how: str
 ) -> None:
     pool = breakable_pool
     engines = [*pool.processes("modelpool: host"), *pool.processes("VLLM::")]
     assert len(engines) >= 2
     process = pool.one(victim)
-    process.send_signal(signal.SIGSTOP)
+    if how == "stop then kill":
+        process.send_signal(signal.SIGSTOP)
     process.kill()
     if victim == "modelpool: worker":
         eventually(lambda: not any(each.is_running() for each in engines), 5, lambda: str(pool.processes()))
