@@ -1,0 +1,114 @@
+"""Memory that the gateway processes of one node share: files that each of them maps, and a slot for each process.
+
+A slot is a lock on one byte, which the kernel takes back however a process ends. What a process keeps for itself it
+keeps in cells of its slot, so that nobody else writes there; what all write is written under `lock`. Whoever notices
+that a slot's owner died clears its cells.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modelpool.process import StartupError
+
+SLOTS = 64
+"""Gateway processes on one node, at most."""
+LOCK_WAIT_S = 0.005
+_LOCKS_AT = 1 << 20
+
+
+class Node:
+    """This process among the gateway processes of its node. Use `joined`."""
+
+    def __init__(self, folder: Path, fd: int, slot: int) -> None:
+        self.slot = slot
+        self._folder = folder
+        self._fd = fd
+        self._used = self.map("slots", SLOTS)
+        self._clear: list[Callable[[int], None]] = []
+
+    def map(self, name: str, size: int) -> mmap.mmap:
+        """`size` bytes that all processes see, zero at first. They outlive the processes; unused pages take no room."""
+        fd = os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
+            return mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def lock(self, number: int) -> Iterator[None]:
+        """Hold one of any number of locks, for as long as a few writes take.
+
+        Gone on without after 5 ms: a process that was stopped while it held the lock must not stop the others.
+        """
+        offset = _LOCKS_AT + number
+        held = _try_lock(self._fd, offset)
+        deadline = 0.0 if held else time.monotonic() + LOCK_WAIT_S
+        while not held and time.monotonic() < deadline:
+            os.sched_yield()
+            held = _try_lock(self._fd, offset)
+        try:
+            yield
+        finally:
+            if held:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, offset)
+
+    def keep_clear(self, clear: Callable[[int], None]) -> None:
+        """Have `clear(slot)` called now for this process's slot, and for each one whose owner is found dead."""
+        self._clear.append(clear)
+        clear(self.slot)
+
+    def reap(self) -> None:
+        """Clear the slots whose owners died."""
+        for slot, used in enumerate(self._used[:SLOTS]):
+            if used and slot != self.slot and _try_lock(self._fd, slot):
+                for clear in self._clear:
+                    clear(slot)
+                self._used[slot] = 0
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
+
+    def claim(self) -> None:
+        """For `joined`: the slot is taken."""
+        self._used[self.slot] = 1
+
+    def leave(self) -> None:
+        for clear in self._clear:
+            clear(self.slot)
+        self._used[self.slot] = 0
+
+
+@contextmanager
+def joined(folder: Path) -> Iterator[Node]:
+    """Be one of the node's gateway processes, whose shared files lie in `folder`. Raises StartupError if it is full."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(
+        folder / "lock", os.O_RDWR | os.O_CREAT, 0o600
+    )  # the only descriptor of it: closing any other would free all locks
+    try:
+        slot = next((slot for slot in range(SLOTS) if _try_lock(fd, slot)), None)
+        if slot is None:
+            raise StartupError(f"{SLOTS} gateway processes run on this machine already, which is the most.")
+        node = Node(folder, fd, slot)
+        node.claim()
+        try:
+            yield node
+        finally:
+            node.leave()
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int, offset: int) -> bool:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except OSError:
+        return False
+    return True
