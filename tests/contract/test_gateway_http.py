@@ -77,6 +77,38 @@ async def test_pipelined_requests_that_come_while_one_is_served_wait_and_a_clien
 
 
 @on_uvloop
+async def test_a_client_that_sent_far_ahead_and_left_is_seen_too() -> None:
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        asked.set()
+        await gone(reader)
+        left.set()
+
+    async with serving(handle) as endpoint, gateway(entry("m", [endpoint])) as world:
+        client = await world.connect()
+        client.send(chat())
+        await asked.wait()
+        client.send(HEALTH * 3000)
+        await asyncio.sleep(0.2)  # until the gateway has stopped reading: what is in its socket hides the end
+        client.close()
+        async with asyncio.timeout(2):
+            await left.wait()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Connection": "Upgrade", "Upgrade": "h2c"}])
+@on_uvloop
+async def test_thousands_of_small_requests_in_a_row_are_all_answered(headers: dict[str, str]) -> None:
+    async with gateway() as world:
+        client = await world.connect()
+        count = 8000
+        client.send(request("GET", "/v1/models", headers=headers) * count)
+        for _ in range(count):
+            assert (await client.answer()).status == 200
+
+
+@on_uvloop
 async def test_a_request_in_crumbs_is_the_same_request() -> None:
     async with serving(echo) as endpoint, gateway(entry("m", [endpoint])) as world:
         client = await world.connect()

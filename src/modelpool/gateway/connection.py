@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import select
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum, auto
@@ -45,7 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_rate: int = 1024
     linger_s: float = 2.0
     flush_s: float = 60.0
-    check_s: float = 1.0
+    check_s: float = 0.5
     """How often deadlines are looked at."""
 
 
@@ -87,6 +88,7 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_app",
+        "_begun",
         "_body",
         "_body_bytes",
         "_closing",
@@ -130,6 +132,7 @@ class ClientConnection(asyncio.Protocol):
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._begun = False
         self._fed = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
@@ -191,6 +194,9 @@ class ClientConnection(asyncio.Protocol):
         if now - self._stalled_at > self._limits.flush_s:
             self.abort()  # it reads nothing of its answer, and holds its place in the engine
             return
+        if not self._reading and self._task is not None and self._left_unread():
+            self.abort()
+            return
         if now < self._deadline or self._task is not None or self._transport is None:
             return
         if self._phase in (_Phase.HEAD, _Phase.BODY):
@@ -200,6 +206,15 @@ class ClientConnection(asyncio.Protocol):
             self._close()
         else:
             self.abort()
+
+    def _left_unread(self) -> bool:
+        """Whether the client left while nothing is read of it: it sent far ahead, and its end lies behind that."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def end(self) -> None:
         """Close now if idle, else after the request that is served."""
@@ -270,38 +285,44 @@ class ClientConnection(asyncio.Protocol):
             self._reading = False
             self._transport.pause_reading()
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes | memoryview) -> None:
         before = self._phase
         self._fed = len(data)
+        self._begun = False
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
-            return
+            self._parse(data)
         except httptools.HttpParserError as error:
             if self._phase is not _Phase.NOTHING:
                 self._refuse(InvalidRequest(f"This is not valid HTTP/1.1: {error}.", code="invalid_http"))
             return
         phase = self._phase
         if phase is _Phase.HEAD:
-            self._head_bytes += len(data)
+            # Where in these bytes the message began is not known: then only what was made out of them counts.
+            self._head_bytes += _head_length(self._target, self._headers) if self._begun else self._fed
             if self._head_bytes > self._limits.head_bytes:
                 self._refuse(_headers_too_large(self._limits))
-            elif before is not phase:
+            elif before is not phase or self._begun:
                 self._deadline = self._loop.time() + self._limits.head_s
         elif phase is _Phase.BODY:
             bought = math.inf if before is not phase else self._deadline + len(data) / self._limits.body_rate
             self._deadline = min(bought, self._loop.time() + self._limits.body_s)
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Read a request as if it had not asked for another protocol (`h2c`, as some clients always do).
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Read requests as if they had not asked for another protocol (`h2c`, as some clients always do).
 
-        The parser takes its body for that protocol, so it is given the head again without the wish.
+        The parser takes what follows such a head for that protocol, so it is given the head again without the wish.
         """
-        head = b"%b %b HTTP/1.1\r\n" % (self._parser.get_method(), self._target)
-        head += b"".join(b"%b: %b\r\n" % each for each in self._headers if each[0] != b"upgrade")
-        self._parser = httptools.HttpRequestParser(self)
-        self._feed(head + b"\r\n" + rest)
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = memoryview(data)[upgrade.args[0] :]
+                head = b"%b %b HTTP/1.1\r\n" % (self._parser.get_method(), self._target)
+                head += b"".join(b"%b: %b\r\n" % each for each in self._headers if each[0] != b"upgrade")
+                self._parser = httptools.HttpRequestParser(self)
+                self._parser.feed_data(head + b"\r\n")
+                data = rest
 
     def _refuse(self, error: PoolError) -> None:
         """Answer with this when it is its turn, and read nothing more."""
@@ -315,6 +336,7 @@ class ClientConnection(asyncio.Protocol):
         self._target = b""
         self._headers = []
         self._head_bytes = 0
+        self._begun = True
         self._body = []
         self._body_bytes = 0
 
@@ -376,7 +398,7 @@ class ClientConnection(asyncio.Protocol):
         if version not in ("1.1", "1.0"):
             return InvalidRequest(f"HTTP/{version} is not spoken here.", code="invalid_http")
         limit = self._limits.head_bytes
-        if self._head_bytes + self._fed > limit and sum(map(_length, headers)) + len(self._target) > limit:
+        if self._head_bytes + self._fed > limit and _head_length(self._target, headers) > limit:
             return _headers_too_large(self._limits)
         if len(headers) != len(by_name):
             for name in _ONCE:
@@ -495,8 +517,8 @@ def _origin_form(target: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[byt
     return slash + path or b"/", [each for each in headers if each[0] != b"host"] + [(b"host", authority)]
 
 
-def _length(header: tuple[bytes, bytes]) -> int:
-    return len(header[0]) + len(header[1]) + 4
+def _head_length(target: bytes, headers: list[tuple[bytes, bytes]]) -> int:
+    return len(target) + sum(len(name) + len(value) + 4 for name, value in headers)
 
 
 def _headers_too_large(limits: Limits) -> HeadersTooLarge:
