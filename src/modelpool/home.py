@@ -12,7 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Literal
 from urllib.parse import quote
+
+from modelpool.process import StartupError
 
 # sun_path is 108 bytes with its final NUL.
 _SOCKET_PATH_MAX = 107
@@ -26,13 +29,31 @@ class AlreadyRunning(Exception):
         self.pid = pid
 
 
+def open_private(path: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
+    """A file that only its owner may read, from its first moment; one that was there before is made so."""
+
+    def opener(name: str, flags: int) -> int:
+        fd = os.open(name, flags, 0o600)
+        if os.fstat(fd).st_mode & 0o077:
+            os.fchmod(fd, 0o600)
+        return fd
+
+    return open(path, mode, opener=opener)
+
+
 class Home:
-    """Paths and secrets below one folder. Creating one creates the folder, readable by its owner only."""
+    """Paths and secrets below one folder. Creating one creates the folder, readable by its owner only.
+
+    Raises StartupError where that is not possible.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        for folder in (path, self.run, self.logs):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            for folder in (path, self.run, self.logs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(path, error) from error
 
     @property
     def run(self) -> Path:
@@ -77,7 +98,10 @@ class Home:
         path = self.path / name
         if not path.exists():
             # Written under another name first: a reader never sees half a secret, and the first writer wins.
-            fd, draft = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
+            try:
+                fd, draft = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
+            except OSError as error:
+                raise _unusable(self.path, error) from error
             try:
                 with open(fd, "w") as file:
                     file.write(secrets.token_urlsafe(32) + "\n")
@@ -101,3 +125,10 @@ class Home:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+
+def _unusable(path: Path, error: OSError) -> StartupError:
+    return StartupError(
+        f"The home {path} cannot be used: {error.strerror}: {error.filename}.",
+        "Set MODELPOOL_HOME to a folder that this user may write to.",
+    )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from modelpool.home import AlreadyRunning, Home
+from modelpool.home import AlreadyRunning, Home, open_private
+from modelpool.process import StartupError
 
 
 def test_secrets_are_made_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
@@ -43,3 +44,20 @@ def test_an_alias_with_a_slash_is_one_log_file(tmp_path: Path) -> None:
         "w%2F1",
         "org%2Fmodel.log",
     )
+
+
+def test_a_home_that_cannot_be_made_says_which_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartupError, match="cannot be used: Not a directory") as raised:
+        Home(tmp_path / "file" / "home")
+    assert "MODELPOOL_HOME" in raised.value.hint
+
+
+def test_a_private_file_is_its_owners_whatever_it_was_before(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("1")
+    (tmp_path / "old").chmod(0o644)
+    for name in ("old", "new"):
+        with open_private(tmp_path / name, "ab") as file:
+            file.write(b"2")
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    assert (tmp_path / "old").read_text() == "12"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB
@@ -23,9 +24,10 @@ from modelpool.core.pool import (
     Report,
     Tick,
     WorkerGone,
+    WorkerLeft,
     WorkerReported,
 )
-from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Start, Stop, free_name, next_deadline, step
+from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Start, Stop, ever_fits, free_name, next_deadline, step
 
 S = InstanceState
 POLICY = Policy(backoff_initial_s=1, backoff_max_s=8, heartbeat_timeout_s=60)
@@ -37,9 +39,25 @@ def model(alias: str = "m", *, replicas: int | None = None, key: str = "k", gb: 
 
 
 def report(
-    instance: str = "m", state: S = S.ACTIVE, *, alias: str = "m", key: str = "k", reason: str = "", at: float = 0
+    instance: str = "m",
+    state: S = S.ACTIVE,
+    *,
+    alias: str = "m",
+    key: str = "k",
+    reason: str = "",
+    permanent: bool = False,
+    at: float = 0,
 ) -> Report:
-    return Report(instance=instance, alias=alias, key=key, state=state, reason=reason, changed_at=at, devices=(0,))
+    return Report(
+        instance=instance,
+        alias=alias,
+        key=key,
+        state=state,
+        reason=reason,
+        permanent=permanent,
+        changed_at=at,
+        devices=(0,),
+    )
 
 
 def heard(worker: str = "w", *reports: Report, incarnation: str = "1", free_gb: float = 10) -> WorkerReported:
@@ -107,6 +125,19 @@ def test_a_failed_instance_is_tried_again_after_a_pause_that_doubles() -> None:
         assert started(effects) == [("w", "m")]
         assert pool.instances["w", "m"].reason == "boom"
         now += pause + 1
+
+
+def test_a_failure_that_will_be_the_same_again_waits_the_longest_time_at_once() -> None:
+    wrong = heard("w", report(state=S.FAILED, reason="no such argument", permanent=True, at=0.5))
+    pool, effects = play((0, ModelRegistered(model())), (0, heard()), (1, wrong), (1 + 7.9, Tick()))
+    assert effects == []
+    pool, effects = play((1 + POLICY.backoff_max_s, Tick()), pool=pool)
+    assert started(effects) == [("w", "m")]
+    trying = heard("w", report(state=S.STARTING, at=10))
+    pool, _ = play((10, trying), pool=pool)
+    assert (pool.instances["w", "m"].permanent, pool.instances["w", "m"].reason) == (True, "no such argument")
+    pool, _ = play((11, heard("w", report(at=11))), pool=pool)
+    assert not pool.instances["w", "m"].permanent
 
 
 def test_an_old_report_of_a_failure_does_not_undo_the_new_order() -> None:
@@ -184,6 +215,26 @@ def test_a_worker_that_ends_loses_its_instances_but_no_model() -> None:
     assert (effects, dict(pool.instances), list(pool.models)) == ([], {}, ["m"])
     _, effects = play((3, heard("w", incarnation="2")), pool=pool)
     assert started(effects) == [("w", "m")]
+
+
+def test_a_worker_that_said_goodbye_is_forgotten() -> None:
+    pool, _ = play((0, ModelRegistered(model())), (0, heard("a")), (1, heard("a", report())), (2, heard("b")))
+    pool, effects = play((3, WorkerLeft("a", "an earlier one")), pool=pool)
+    assert (effects, list(pool.workers)) == ([], ["a", "b"])
+    pool, effects = play((3, WorkerLeft("a", "1")), pool=pool)
+    assert list(pool.workers) == ["b"]
+    assert started(effects) == [("b", "m")]
+
+
+def test_what_no_worker_could_take_even_if_it_were_empty_is_known() -> None:
+    others = [(0.0, ModelRegistered(model("n", gb=15)))]
+    pool, _ = play((0, heard("a")), (0, heard("b")), *others)
+    assert ever_fits(pool, model(gb=20))
+    assert ever_fits(pool, model(gb=10, replicas=4))
+    assert not ever_fits(pool, model(gb=20.1))
+    assert not ever_fits(pool, model(gb=10, replicas=5))
+    assert not ever_fits(pool, replace(model(), engine="vllm"))
+    assert ever_fits(Pool(policy=POLICY), model(gb=1000))
 
 
 def test_news_of_an_earlier_process_of_a_worker_changes_nothing() -> None:

@@ -3,16 +3,23 @@ from __future__ import annotations
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Instance, Model, Pool, Worker
 from modelpool.manager.views import Known, WorkerFacts, entry, instances_by_alias, model_view
+from modelpool.messages.admin import ModelView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route
 from modelpool.messages.workers import Address, InstanceReport, Progress, WorkerInfo
 
 S = InstanceState
 SPEC = ModelSpec(alias="m", fake=True)
+MODEL = Model(alias="m", key="k", engine="fake", created=7)
 
 
 def known(
-    *instances: Instance, alive: bool = True, url: str = "http://w:7000", direct: bool = True, **pool: object
+    *instances: Instance,
+    alive: bool = True,
+    url: str = "http://w:7000",
+    direct: bool = True,
+    model: Model = MODEL,
+    **pool: object,
 ) -> Known:
     reports = {
         each.instance: InstanceReport(
@@ -28,7 +35,7 @@ def known(
     worker = Worker(worker_id="w", incarnation="1", alive=alive, reason="" if alive else "its process has ended")
     return Known(
         pool=Pool(
-            models={"m": Model(alias="m", key="k", engine="fake", created=7)},
+            models={"m": model},
             workers={"w": worker},
             instances={("w", each.instance): each for each in instances},
             **pool,  # type: ignore[arg-type]
@@ -81,6 +88,32 @@ def test_a_failed_model_gives_its_real_reason() -> None:
     assert code == "model_not_ready"
     assert "it failed 3 times on w: no such file; it will be tried again" in message
     assert wait == 5.0
+
+
+def view(known_: Known) -> ModelView:
+    return model_view(known_, "m", instances_by_alias(known_.pool)["m"])
+
+
+def test_a_model_that_is_registered_wrongly_says_how_to_correct_it() -> None:
+    wrong = instance(state=S.FAILED, reason="vLLM has no such argument", failures=1, permanent=True, retry_at=160.0)
+    seen_ = view(known(wrong))
+    assert seen_.permanent
+    assert seen_.reason == ("it failed on w: vLLM has no such argument; correct it: `modelpool rm m`, register again")
+    assert not view(known(instance(state=S.FAILED, reason="killed", failures=1, retry_at=104.0))).permanent
+
+
+def test_what_stands_in_the_way_of_the_other_replicas_is_said_while_one_serves() -> None:
+    three = Model(alias="m", key="k", engine="fake", created=7, min_replicas=3)
+    some = known(instance(), instance("m-r2", S.FAILED, reason="killed", failures=2), model=three)
+    assert (view(some).state, view(some).wanted) == (S.ACTIVE, 3)
+    assert view(some).reason == "it failed 2 times on w: killed; it will be tried again"
+    all_ = known(instance(), instance("m-r2"), instance("m-r3"), model=three)
+    assert view(all_).reason == ""
+
+
+def test_replicas_are_in_the_order_of_their_numbers() -> None:
+    names = ["m-r10", "m-r2", "m"]
+    assert [each.instance for each in view(known(*map(instance, names))).instances] == ["m", "m-r2", "m-r10"]
 
 
 def test_without_a_worker_or_room_no_worker_is_available() -> None:

@@ -83,6 +83,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     failed_at: float = 0.0
     retry_at: float | None = None
     reason: str = ""
+    permanent: bool = False
+    """Its last start failed for a reason that lies in the model as it is registered."""
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +113,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     state: InstanceState
     reason: str = ""
+    permanent: bool = False
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
     changed_at: float = 0.0
@@ -135,11 +138,18 @@ class WorkerReported(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerGone(msgspec.Struct, frozen=True):
-    """The worker's process has ended (or said goodbye), and its instances with it."""
+    """The worker's process has ended, and its instances with it."""
 
     worker_id: str
     incarnation: str
     reason: str
+
+
+class WorkerLeft(msgspec.Struct, frozen=True):
+    """The worker was shut down and said goodbye: it is not missed."""
+
+    worker_id: str
+    incarnation: str
 
 
 class OrderAnswered(msgspec.Struct, frozen=True):
@@ -164,7 +174,15 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Event = (
-    ModelRegistered | ModelRemoved | WorkerReported | WorkerGone | OrderAnswered | OrderRefused | OrderPostponed | Tick
+    ModelRegistered
+    | ModelRemoved
+    | WorkerReported
+    | WorkerGone
+    | WorkerLeft
+    | OrderAnswered
+    | OrderRefused
+    | OrderPostponed
+    | Tick
 )
 
 
@@ -189,6 +207,11 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             return _reported(pool, event, now)
         case WorkerGone():
             return _gone(pool, event)
+        case WorkerLeft(worker_id, incarnation):
+            worker = pool.workers.get(worker_id)
+            if worker is None or worker.incarnation != incarnation:
+                return pool
+            return replace(_without_instances(pool, worker_id), workers=_without(pool.workers, worker_id))
         case OrderAnswered(key):
             return change(pool, key, acknowledged=True, missing=0)
         case OrderRefused(key, reason):
@@ -251,6 +274,7 @@ def _merge(
         devices=report.devices,
         memory_bytes=report.memory_bytes or (history.memory_bytes if history else 0),
         reason=report.reason,
+        permanent=report.permanent,
         starting_since=now,
         active_since=now,
         failures=history.failures if history else 0,
@@ -267,7 +291,8 @@ def _merge(
         unwanted_since=known.unwanted_since,
     )
     if seen.state is InstanceState.STARTING and not seen.reason:
-        merged = replace(merged, reason=known.reason)  # while it tries again, why it failed before
+        # While it tries again, why it failed before.
+        merged = replace(merged, reason=known.reason, permanent=known.permanent)
     if not has_failed(seen):
         stable = seen.state is InstanceState.ACTIVE and now - merged.active_since >= policy.backoff_max_s
         return replace(merged, failures=0) if stable else merged
@@ -282,8 +307,13 @@ def has_failed(instance: Instance) -> bool:
 
 
 def _failed(policy: Policy, instance: Instance, reason: str, now: float, *, at: float | None = None) -> Instance:
-    """FAILED, to be tried again after a time that doubles with each failure in a row."""
+    """FAILED, to be tried again after a time that doubles with each failure in a row.
+
+    A permanent one waits the longest time at once. It is tried at all since what makes it so may still change on the
+    worker's machine: a folder that appears.
+    """
     failures = instance.failures + 1
+    pause = policy.backoff_max_s if instance.permanent else backoff(policy, failures)
     return replace(
         instance,
         state=InstanceState.FAILED,
@@ -292,7 +322,7 @@ def _failed(policy: Policy, instance: Instance, reason: str, now: float, *, at: 
         missing=0,
         failures=failures,
         failed_at=instance.failed_at if at is None else at,
-        retry_at=now + backoff(policy, failures),
+        retry_at=now + pause,
     )
 
 
@@ -305,18 +335,19 @@ def _gone(pool: Pool, event: WorkerGone) -> Pool:
     worker = pool.workers.get(event.worker_id)
     if worker is None or worker.incarnation != event.incarnation:
         return pool
-    return replace(
-        pool,
-        workers={**pool.workers, event.worker_id: replace(worker, alive=False, reason=event.reason)},
-        instances={key: instance for key, instance in pool.instances.items() if key[0] != event.worker_id},
-    )
+    lost = replace(worker, alive=False, reason=event.reason)
+    return replace(_without_instances(pool, event.worker_id), workers={**pool.workers, event.worker_id: lost})
+
+
+def _without_instances(pool: Pool, worker_id: str) -> Pool:
+    return replace(pool, instances={key: each for key, each in pool.instances.items() if key[0] != worker_id})
 
 
 def _refused(pool: Pool, key: Key, reason: str, now: float) -> Pool:
     instance = pool.instances.get(key)
     if instance is None or instance.stopping:
         return pool
-    return put(pool, key, _failed(pool.policy, instance, reason, now))
+    return put(pool, key, _failed(pool.policy, replace(instance, permanent=False), reason, now))
 
 
 def _time_passed(pool: Pool, now: float) -> Pool:

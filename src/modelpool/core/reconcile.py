@@ -127,6 +127,31 @@ def _fill(pool: Pool, model: Model, instances: list[Instance], now: float, effec
     return pool, ""
 
 
+def ever_fits(pool: Pool, model: Model) -> bool:
+    """Whether all wanted replicas would fit if nothing else ran on the workers that are there. True while none is."""
+    candidates = [_emptied(each) for each in _candidates(pool, model)]
+    for _ in range(replicas_wanted(pool.policy, model) if candidates else 0):
+        choice = place(_need(model), candidates)
+        if isinstance(choice, Refusal):
+            return False
+        candidates = [_less(each, choice) if each.worker_id == choice.worker_id else each for each in candidates]
+    return True
+
+
+def _emptied(candidate: Candidate) -> Candidate:
+    devices = tuple(replace(device, free_bytes=device.total_bytes) for device in candidate.devices)
+    return replace(candidate, devices=devices, replicas_here=0)
+
+
+def _less(candidate: Candidate, taken: Placement) -> Candidate:
+    """The candidate with one replica more on it."""
+    devices = tuple(
+        replace(each, free_bytes=each.free_bytes - taken.bytes_each) if each.index in taken.devices else each
+        for each in candidate.devices
+    )
+    return replace(candidate, devices=devices, replicas_here=candidate.replicas_here + 1)
+
+
 def _worth(instance: Instance) -> tuple[int, int, str]:
     """Sorts what to keep before what to stop: ACTIVE, then on the way, then FAILED; low replica numbers first."""
     order = {InstanceState.ACTIVE: 0, InstanceState.FAILED: 2}

@@ -32,7 +32,14 @@ class NotInstalled(Exception):
 
 
 class LoadError(Exception):
-    """The model cannot be loaded. The text is the real reason, one or two lines for people."""
+    """The model cannot be loaded. The text is the real reason, one or two lines for people.
+
+    `permanent`: the same registration will fail in the same way each time, so that trying again is of no use.
+    """
+
+    def __init__(self, text: str, *, permanent: bool = False) -> None:
+        super().__init__(text)
+        self.permanent = permanent
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

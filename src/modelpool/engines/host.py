@@ -111,7 +111,7 @@ def _load(engine: EngineModule, spec: HostSpec, control: Control) -> Engine | No
             return engine.load(spec, lambda phase: control.send(Loading(phase=phase)))
         except LoadError as error:
             logger.error("not loaded: %s", error, exc_info=error.__cause__)
-            control.send(LoadFailed(reason=str(error)))
+            control.send(LoadFailed(reason=str(error), permanent=error.permanent))
         except Exception as error:  # noqa: BLE001  the top of a process: whatever it is, the worker is told
             traceback.print_exc()
             control.send(LoadFailed(reason=one_line(error)))
@@ -150,7 +150,7 @@ class Host:
             app = await self._engine.start()
         except LoadError as error:
             logger.error("not started: %s", error, exc_info=error.__cause__)
-            self._control.send(LoadFailed(reason=str(error)))
+            self._control.send(LoadFailed(reason=str(error), permanent=error.permanent))
             return 1
         meter = self._meter = Meter(app, self._spec.token)
         server = Server(meter)

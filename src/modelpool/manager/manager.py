@@ -323,7 +323,9 @@ class Manager:
         async with self._writing:
             await self._store.forget_worker(worker_id)
         log.info("worker %s leaves", worker_id)
-        self._apply(core.WorkerGone(worker_id, facts.info.incarnation, "it was shut down"))
+        self._apply(core.WorkerLeft(worker_id, facts.info.incarnation))
+        if worker_id not in self._pool.workers:
+            self._facts.pop(worker_id, None)
         if watch := self._watches.pop(worker_id, None):
             watch.cancel()
 
@@ -467,6 +469,7 @@ def _report(report: InstanceReport) -> core.Report:
         key=_key(report.model),
         state=report.state,
         reason=report.reason,
+        permanent=report.permanent,
         devices=report.devices,
         memory_bytes=report.memory_bytes,
         changed_at=report.changed_at,

@@ -9,6 +9,7 @@ import msgspec
 
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
+from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
 from modelpool.messages.admin import InstanceView, ModelView, WorkerView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route, Unavailable
@@ -42,12 +43,13 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def instances_by_alias(pool: Pool) -> dict[str, list[Instance]]:
-    """The instances of every registered model, in the order of their names."""
+    """The instances of every registered model, in the order of their numbers."""
     grouped: dict[str, list[Instance]] = {alias: [] for alias in pool.models}
-    for key in sorted(pool.instances):
-        instance = pool.instances[key]
+    for instance in pool.instances.values():
         if instance.alias in grouped:
             grouped[instance.alias].append(instance)
+    for alias, instances in grouped.items():
+        instances.sort(key=lambda each: (replica_number(each.instance, alias), each.worker_id))
     return grouped
 
 
@@ -97,7 +99,7 @@ def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavail
 
 def _workers_missing(pool: Pool) -> str:
     if not pool.workers:
-        return "none has registered"
+        return "none is registered"
     return "; ".join(f"{worker.worker_id}: {worker.reason}" for worker in pool.workers.values())
 
 
@@ -121,8 +123,10 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
         return f"no worker is there: {_workers_missing(known.pool)}"
     failed = [each for each in instances if each.failures and each.reason]
     if failed:
-        worst = max(failed, key=lambda each: each.failures)
+        worst = max(failed, key=lambda each: (each.permanent, each.failures))
         again = "starting again" if worst.state is InstanceState.STARTING else "it will be tried again"
+        if worst.permanent:
+            again = f"correct it: `modelpool rm {alias}`, register again"
         times = "" if worst.failures == 1 else f" {worst.failures} times"
         return f"it failed{times} on {worst.worker_id}: {worst.reason.rstrip('.')}; {again}"
     if known.pool.shortages.get(alias):
@@ -149,14 +153,21 @@ _BEST_FIRST = (
 
 def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView:
     """A model as people see it. Without instances it is UNLOADED: registered, and run by nothing."""
+    model = known.pool.models[alias]
+    wanted = replicas_wanted(known.pool.policy, model)
     states = {each.state for each in instances if not each.stopping}
+    rest = [each for each in instances if each.stopping or each.state is not InstanceState.ACTIVE]
+    short = len(instances) - len(rest) < wanted
+    never = alias in known.pool.shortages and not ever_fits(known.pool, model)
     return ModelView(
         alias=alias,
         state=next((state for state in _BEST_FIRST if state in states), InstanceState.UNLOADED),
-        reason=reason(known, alias, instances),
+        reason=reason(known, alias, rest) if short else "",
         spec=known.specs[alias],
-        created=known.pool.models[alias].created,
+        created=model.created,
         instances=tuple(_instance_view(known, each) for each in instances),
+        wanted=wanted,
+        permanent=short and (never or any(each.permanent for each in rest)),
     )
 
 
@@ -171,6 +182,7 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
         reason=instance.reason,
         progress=report.progress if report and report.state is instance.state else None,
         failures=instance.failures,
+        permanent=instance.permanent and instance.failures > 0,
         retry_in_s=round(max(0.0, (instance.retry_at or 0.0) - known.now), 1) if retrying else None,
         devices=instance.devices,
         pid=report.pid if report else None,

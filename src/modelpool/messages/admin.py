@@ -10,6 +10,8 @@ from modelpool.messages.workers import Device, EngineStatus, Progress
 
 
 class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
+    """`permanent`: its failure lies in the model as it is registered, and trying again is of no use."""
+
     instance: str
     worker_id: str
     state: InstanceState
@@ -17,13 +19,17 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     progress: Progress | None = None
     failures: int = 0
+    permanent: bool = False
     retry_in_s: float | None = None
     devices: tuple[int, ...] = ()
     pid: int | None = None
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """`state` is the best of the instances' states; `reason` says what stands in the way when it is not ACTIVE."""
+    """`state` is the best of the instances' states; `reason` says what stands in the way of all `wanted` replicas.
+
+    `permanent`: what stands in the way lies in the model as it is registered, or in the machines that there are.
+    """
 
     alias: str
     state: InstanceState
@@ -31,6 +37,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     spec: ModelSpec
     created: int
     instances: tuple[InstanceView, ...]
+    wanted: int = 1
+    permanent: bool = False
 
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):

@@ -116,9 +116,13 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
-    """`reason` is the real one, in a line or two, never a stack trace (that is in the log)."""
+    """`reason` is the real one, in a line or two, never a stack trace (that is in the log).
+
+    `permanent`: the same registration will fail in the same way each time.
+    """
 
     reason: str
+    permanent: bool = False
 
 
 class HostStatus(msgspec.Struct, frozen=True, kw_only=True, tag="host_status"):

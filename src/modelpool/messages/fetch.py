@@ -19,9 +19,10 @@ class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
 
 
 class NotFetched(msgspec.Struct, frozen=True, tag="not_fetched"):
-    """`reason` is one line for people."""
+    """`reason` is one line for people. `permanent`: the hub answered that there is no such model."""
 
     reason: str
+    permanent: bool = False
 
 
 FromFetch = FetchProgress | Fetched | NotFetched

@@ -50,13 +50,17 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance as its worker sees it. `changed_at` is Unix seconds; `reason` says why it FAILED."""
+    """An instance as its worker sees it. `changed_at` is Unix seconds; `reason` says why it FAILED.
+
+    `permanent`: it will fail in the same way as long as its model is registered as it is.
+    """
 
     instance: str
     model: ModelSpec
     state: InstanceState
     progress: Progress | None = None
     reason: str = ""
+    permanent: bool = False
     address: Address | None = None
     capacity: int = 0
     max_model_len: int | None = None

@@ -201,6 +201,13 @@ def _is_unreachable(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _HTTP_CLIENTS
 
 
+def is_no_such_model(error: BaseException) -> bool:
+    """Whether the name is wrong, as against a hub that is away or wants something first."""
+    if isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError there
+        return False
+    return isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | errors.HFValidationError)
+
+
 def explain(error: BaseException, repository: str, revision: str | None) -> str:
     """Any error of `fetch` as one line that says what to do."""
     endpoint = constants.ENDPOINT
@@ -270,7 +277,7 @@ def main(argv: Sequence[str]) -> int:
         path = fetch(repository, revision)
     except Exception as error:  # noqa: BLE001  the top of a process: whatever it is, the worker is told
         say(f"{type(error).__name__}: {error}")
-        send(NotFetched(explain(error, repository, revision)))
+        send(NotFetched(explain(error, repository, revision), permanent=is_no_such_model(error)))
         return 1
     send(Fetched(str(path)))
     return 0

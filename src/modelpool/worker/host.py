@@ -35,7 +35,11 @@ _SILENT_END_S = 15.0
 
 
 class LoadRefused(Exception):
-    """The host says that it cannot load the model; the text is its reason."""
+    """The host says that it cannot load the model; the text is its reason. `permanent`: nor will the next one."""
+
+    def __init__(self, reason: str, *, permanent: bool) -> None:
+        super().__init__(reason)
+        self.permanent = permanent
 
 
 class HostEnded(Exception):
@@ -112,7 +116,7 @@ class Host:
         if not self._loaded.done():
             raise HostEnded(self.ended.result())
         if isinstance(answer := self._loaded.result(), LoadFailed):
-            raise LoadRefused(answer.reason)
+            raise LoadRefused(answer.reason, permanent=answer.permanent)
         return answer
 
     def probe(self) -> asyncio.Future[HostStatus]:

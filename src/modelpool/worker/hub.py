@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from modelpool.home import open_private
 from modelpool.messages.fetch import Fetched, FetchProgress, FromFetch, NotFetched
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,14 @@ OnProgress = Callable[[int, int], None]
 
 
 class FetchFailed(Exception):
-    """The model is not on this machine and cannot be brought here; the text is one line for people."""
+    """The model is not on this machine and cannot be brought here; the text is one line for people.
+
+    `permanent`: the name itself is wrong, and will be at the next try.
+    """
+
+    def __init__(self, reason: str, *, permanent: bool = False) -> None:
+        super().__init__(reason)
+        self.permanent = permanent
 
 
 class Hub:
@@ -104,7 +112,7 @@ class _Fetch:
         command = ["-m", "modelpool.worker.fetch", self._name]
         if self._revision:
             command.append(self._revision)
-        with self._log_path.open("ab") as output:
+        with open_private(self._log_path, "ab") as output:
             return await asyncio.create_subprocess_exec(
                 sys.executable,
                 *command,
@@ -126,8 +134,8 @@ class _Fetch:
                 case Fetched(path):
                     log.info("%s is in %s", self._name, path)
                     return path
-                case NotFetched(reason):
-                    raise FetchFailed(reason)
+                case NotFetched(reason, permanent):
+                    raise FetchFailed(reason, permanent=permanent)
         status = await process.wait()
         raise FetchFailed(f"fetching {self._name} ended with status {status}; {self._log_path} says why")
 
@@ -138,11 +146,11 @@ def local_folder(name: str) -> str | None:
     if path.is_dir():
         return str(path.absolute())
     if path.exists():
-        raise FetchFailed(f"model_name: {name} is a file, not the folder of a model")
+        raise FetchFailed(f"model_name: {name} is a file, not the folder of a model", permanent=True)
     if name.startswith(("/", "./", "../", "~")):
-        raise FetchFailed(f"model_name: {name} does not exist")
+        raise FetchFailed(f"model_name: {name} does not exist", permanent=True)
     if not _HUB_NAME.fullmatch(name):
-        raise FetchFailed(f"model_name: {name} is neither a folder on this machine nor a name on a hub")
+        raise FetchFailed(f"model_name: {name} is neither a folder on this machine nor a name on a hub", permanent=True)
     return None
 
 

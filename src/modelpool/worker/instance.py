@@ -41,6 +41,7 @@ class Instance:
         self.state = move(InstanceState.ABSENT, InstanceState.STARTING)
         self.progress: Progress | None = None
         self.reason = ""
+        self.permanent = False
         self.after = after
         """The task of an earlier start of this name, which may still be giving memory back."""
         self.task: asyncio.Task[None] | None = None
@@ -68,10 +69,11 @@ class Instance:
         self.progress = None
         self._touch()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, permanent: bool = False) -> None:
         """FAILED, while what is left of it is cleaned up. One that was asked to end has just ended: no change."""
         if not self.stop_asked.is_set() and not self.over:
             log.warning("%s failed: %s", self.name, reason)
+            self.permanent = permanent
             self.move(InstanceState.FAILED, reason)
 
     def ask_to_end(self, drain_s: float) -> None:
@@ -118,6 +120,7 @@ class Instance:
             state=self.state,
             progress=self.progress,
             reason=self.reason,
+            permanent=self.permanent,
             address=None if self.over else self.address,
             capacity=self.loaded.capacity if self.loaded else 0,
             max_model_len=self.loaded.max_model_len if self.loaded else None,

@@ -54,7 +54,11 @@ class HostPlace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StartFailed(Exception):
-    """The reason is for people."""
+    """The reason is for people. `permanent`: the next start of the same model will fail in the same way."""
+
+    def __init__(self, reason: str, *, permanent: bool = False) -> None:
+        super().__init__(reason)
+        self.permanent = permanent
 
 
 class AddressInUse(StartFailed):
@@ -90,7 +94,9 @@ class Launcher:
         except TimeoutError:
             phase = instance.progress.phase if instance.progress else "import"
             instance.fail(f"not ready after {self._limits.start_s:g} s (in phase {phase})")
-        except (FetchFailed, EngineUnavailable, ForkFailed, StartFailed) as error:
+        except (FetchFailed, StartFailed) as error:
+            instance.fail(str(error), permanent=error.permanent)
+        except (EngineUnavailable, ForkFailed) as error:
             instance.fail(str(error))
 
     async def _fetch(self, instance: Instance) -> str:
@@ -131,10 +137,10 @@ class Launcher:
         try:
             return await host.load(self._spec(instance, path, log_), lambda phase: instance.advance("load"))
         except LoadRefused as error:
-            reason = str(error)
+            reason, permanent = str(error), error.permanent
         except HostEnded as error:
-            reason = await _epitaph(error, log_, log_start)
-        raise AddressInUse(reason) if _ADDRESS_IN_USE in reason.lower() else StartFailed(reason)
+            reason, permanent = await _epitaph(error, log_, log_start), False
+        raise AddressInUse(reason) if _ADDRESS_IN_USE in reason.lower() else StartFailed(reason, permanent=permanent)
 
     async def _serve(self, instance: Instance, host: Host, log_: InstanceLog) -> None:
         """Watch an ACTIVE host until it fails, or is asked to end and has had its time for it."""

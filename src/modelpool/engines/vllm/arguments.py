@@ -30,8 +30,8 @@ class _Parser(FlexibleArgumentParser):
     def error(self, message: str) -> NoReturn:
         at = _AT_ARGUMENT.match(message)
         if at is None:
-            raise LoadError(f"engine_args: {message}")
-        raise LoadError(f"engine_args.{at[1].lstrip('-').replace('-', '_')}: {at['problem']}")
+            raise LoadError(f"engine_args: {message}", permanent=True)
+        raise LoadError(f"engine_args.{at[1].lstrip('-').replace('-', '_')}: {at['problem']}", permanent=True)
 
 
 def new_parser() -> FlexibleArgumentParser:
@@ -60,7 +60,7 @@ def parsed(model: ModelSpec, model_path: str, memory: Mapping[str, Any]) -> argp
         validate_parsed_serve_args(namespace)
         validate_api_server_args(namespace)
     except (KeyError, TypeError, ValueError) as error:
-        raise LoadError(f"engine_args: {error.args[0] if error.args else error}") from error
+        raise LoadError(f"engine_args: {error.args[0] if error.args else error}", permanent=True) from error
     return namespace
 
 
@@ -69,11 +69,11 @@ def _check_names(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     for name in names:
         head = name.partition(".")[0]
         if head in _NOT_HOSTED or head in OWNED_ENGINE_ARGS:
-            raise LoadError(f"engine_args.{name}: not for an engine that a pool hosts")
+            raise LoadError(f"engine_args.{name}: not for an engine that a pool hosts", permanent=True)
         if head not in known:
             nearest = difflib.get_close_matches(head, known, 1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise LoadError(f"engine_args.{name}: vLLM has no such argument{hint}")
+            raise LoadError(f"engine_args.{name}: vLLM has no such argument{hint}", permanent=True)
 
 
 def rendered(parser: argparse.ArgumentParser, name: str, value: Any) -> list[str]:

@@ -67,7 +67,7 @@ class VllmEngine:
         phase("configuration")
         path = Path(spec.model_path)
         if problem := folder_problem(path, spec.model.engine_args):
-            raise LoadError(problem)
+            raise LoadError(problem, permanent=True)
         # The token that guards this host is checked in front of the app; vLLM's own key would refuse the gateway.
         os.environ.pop("VLLM_API_KEY", None)
         memory = memory_arguments(
@@ -82,7 +82,10 @@ class VllmEngine:
         register_architecture(path)
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
         propagate_flash_late_interaction(arguments, engine_arguments)
-        config = engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        try:
+            config = engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except ValueError as error:  # also pydantic's: values that do not go together, now and at every other try
+            raise LoadError(reason(error), permanent=True) from error
         if current_platform.is_cpu() and config.model_config.enforce_eager:
             # Single functions (ranks of log probabilities) are compiled all the same, by a C++ compiler that a machine
             # may not have, in the first request that asks for them: 12 s here.
