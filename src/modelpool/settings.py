@@ -159,12 +159,20 @@ def to_environ(settings: Settings) -> dict[str, str]:
     return variables
 
 
+def pool_url(text: str) -> str:
+    """A pool's address as people write it, as a base URL: `host:8000` gets its scheme, a final `/` or `/v1` is cut."""
+    if text.startswith("unix:"):
+        return text
+    url = text.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    return url if "://" in url else f"http://{url}"
+
+
 def _from_file(file: Path) -> Settings:
     try:
         raw = yaml.safe_load(file.read_text()) or {}
         return msgspec.convert(raw, Settings)
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from error
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise SettingsError(f"{file}: {error}") from error
 

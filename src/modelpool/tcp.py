@@ -9,7 +9,10 @@ from modelpool.process import StartupError
 
 
 def bind_tcp(host: str, port: int, *, flag: str, variable: str) -> socket.socket:
-    """A bound, not yet listening TCP socket. Raises StartupError that names the flag and variable to change."""
+    """A bound, not yet listening TCP socket. Raises StartupError that names the flag and variable to change.
+
+    `flag` and `variable` are the port's; the address has the same names with `host`.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -23,7 +26,10 @@ def bind_tcp(host: str, port: int, *, flag: str, variable: str) -> socket.socket
             ) from error
         if error.errno == errno.EACCES:
             raise StartupError(f"{host}:{port} needs privileges.", f"Use a port above 1023: {flag}.") from error
-        raise StartupError(f"{host}:{port} cannot be listened on: {error.strerror}.", f"See {flag}.") from error
+        raise StartupError(
+            f"{host}:{port} cannot be listened on: {error.strerror}.",
+            f"Name an address of this machine: {flag.replace('port', 'host')}, {variable.replace('PORT', 'HOST')}.",
+        ) from error
     return sock
 
 

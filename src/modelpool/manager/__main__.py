@@ -16,7 +16,7 @@ import uvloop
 from modelpool import process
 from modelpool.control_http import Server, TokenGuard, bind_tcp
 from modelpool.core.pool import Policy
-from modelpool.home import AlreadyRunning, Home
+from modelpool.home import AlreadyRunning, Home, open_private
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import running_manager
 from modelpool.manager.store import StoreError, open_store
@@ -54,6 +54,7 @@ async def serve(settings: Settings, home: Home) -> None:
         backoff_max_s=settings.manager.backoff_max_s,
     )
     async with AsyncExitStack() as stack:
+        open_private(home.store, "ab").close()  # before SQLite makes it; what it makes beside it is alike
         store = await stack.enter_async_context(open_store(f"sqlite+aiosqlite:///{home.store}"))
         manager = await stack.enter_async_context(
             running_manager(

@@ -15,13 +15,14 @@ from contextlib import AsyncExitStack
 from urllib.parse import quote, urlsplit
 
 import uvloop
+from msgspec import structs
 
 from modelpool import __version__, process
 from modelpool.control_http import Server, bind_tcp
 from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import WorkerDescription, WorkerInfo
-from modelpool.settings import Settings, SettingsError, from_environment
+from modelpool.settings import Settings, SettingsError, from_environment, pool_url
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
 from modelpool.worker.devices import find_devices
 from modelpool.worker.forkserver import Forkserver
@@ -44,15 +45,9 @@ _NO_VLLM = "vLLM is not installed in the worker's Python; `pip install 'modelpoo
 
 
 def main() -> int:
+    """The worker as a child of `modelpool up`, which is told why it cannot start."""
     try:
-        settings = from_environment()
-        process.enter("worker", log_level=settings.log_level)
-        home = Home(settings.home_path)
-        with home.lock(f"worker-{settings.worker_id}"):
-            uvloop.run(_until_signal(settings, home))
-    except AlreadyRunning as error:
-        hint = "End it first, or give this one another name: --worker-id, WORKER_ID."
-        return _not_started(str(error), hint)
+        run(from_environment())
     except process.StartupError as error:
         return _not_started(error.reason, error.hint)
     except (SettingsError, OSError) as error:
@@ -60,8 +55,22 @@ def main() -> int:
     return 0
 
 
+def run(settings: Settings) -> None:
+    """Be the worker of this machine until a signal. Raises StartupError, OSError."""
+    process.enter("worker", log_level=settings.log_level)
+    url = pool_url(settings.worker.manager_url)
+    settings = structs.replace(settings, worker=structs.replace(settings.worker, manager_url=url))
+    home = Home(settings.home_path)
+    try:
+        with home.lock(f"worker-{settings.worker_id}"):
+            uvloop.run(_until_signal(settings, home))
+    except AlreadyRunning as error:
+        hint = "End it first, or give this one another name: --worker-id, WORKER_ID."
+        raise process.StartupError(f"{error} in the home {home.path}.", hint) from error
+
+
 def _not_started(reason: str, hint: str) -> int:
-    log.error("cannot start: %s %s", reason, hint)
+    log.error("cannot start: %s", " ".join(filter(None, (reason, hint))))
     process.announce(process.NotStarted(reason, hint))
     return 1
 
@@ -97,7 +106,8 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
     if left := await asyncio.to_thread(reap, TAG, tag):
         log.warning("killed what an earlier worker left behind: processes %s", left)
     async with AsyncExitStack() as stack:
-        sock = stack.enter_context(bind_tcp(worker.host, worker.port, flag="--port", variable="WORKER_PORT"))
+        flag = "--worker-port" if os.environ.get(process.READY_FD) else "--port"  # `up` has a port of its own
+        sock = stack.enter_context(bind_tcp(worker.host, worker.port, flag=flag, variable="WORKER_PORT"))
         info = worker_info(settings, sock.getsockname()[1])
         place = host_place(settings, home, token, ports, devices.kind)
         changed = asyncio.Event()
@@ -219,7 +229,8 @@ def offered_engines(names: str) -> set[EngineKind]:
         return {EngineKind(name.strip()) for name in names.split(",") if name.strip()}
     except ValueError as error:
         known = ", ".join(EngineKind)
-        raise process.StartupError(f"MODELPOOL_ENGINES={names!r}: {error}.", f"Allowed: {known}.") from error
+        reason = f"MODELPOOL_ENGINES={names!r} names an engine that there is not."
+        raise process.StartupError(reason, f"Allowed, by comma: {known}.") from error
 
 
 def instance_logs(settings: Settings, home: Home) -> Callable[[str], InstanceLog]:

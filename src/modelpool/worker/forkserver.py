@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from modelpool.home import open_private
 from modelpool.messages.engine import (
     Adopt,
     Exited,
@@ -168,7 +169,7 @@ class Forkserver:
     async def _spawn(self, theirs: socket.socket) -> Process:
         fd = theirs.fileno()
         command = ("-m", "modelpool.engines.forkserver", "--fd", str(fd), "--engine", self.kind.value)
-        with self._log_path.open("ab") as output:
+        with open_private(self._log_path, "ab") as output:
             # A session of its own: Ctrl-C in a terminal is for the worker, which then ends its hosts in order.
             return await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -85,7 +85,7 @@ class InstanceLog:
         for number in range(KEEP, 1, -1):
             if self._older(number - 1).exists():
                 os.replace(self._older(number - 1), self._older(number))
-        shutil.copyfile(self.path, self._older(1))
+        shutil.copy(self.path, self._older(1))  # with its mode
         os.truncate(self.path, 0)
         return True
 

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _RETRY_FIRST_S = 0.2
 _RETRY_MAX_S = 2.0
+_TOKEN_HINT = "MODELPOOL_TOKEN must be the content of `cluster-token` in the pool's home (~/.modelpool on its machine)"
+_AWAY_HINT = "start one there (`modelpool up`), or name another with --manager-url, MANAGER_URL"
 _TIMEOUT = httpx.Timeout(10.0, connect=2.0)
 _UNREGISTER_S = 2.0
 # Reports of changes that come together go together.
@@ -25,7 +27,7 @@ _COALESCE_S = 0.02
 
 
 class Refused(Exception):
-    """The manager answered that it will not have this report; the text is its own."""
+    """What answers there will not have this report; the text is its own, with what to do about it."""
 
 
 class NotRegistered(Exception):
@@ -58,6 +60,7 @@ class Registration:
         self._url = manager_url
         self._gateways: tuple[str, ...] = ()
         self._trouble = ""
+        self._registered = False
 
     async def run(self) -> None:
         """Register, and report; again and again, until cancelled."""
@@ -70,8 +73,8 @@ class Registration:
                     await self._keep_reporting(http)
             except NotRegistered:
                 log.info("the manager at %s does not know this worker; registering again", self._url)
-            except (httpx.HTTPError, Refused, msgspec.DecodeError, OSError) as error:
-                self._note(f"{self._url}: {str(error) or type(error).__name__}")
+            except (httpx.HTTPError, httpx.InvalidURL, Refused, OSError) as error:
+                self._note(self._trouble_with(error))
                 if not isinstance(error, Refused):
                     self._url = self._next_url()
                 # Spread, so that all workers of a manager that comes back do not come at once.
@@ -79,17 +82,28 @@ class Registration:
                 retry_s = min(_RETRY_MAX_S, 2 * retry_s)
 
     async def unregister(self) -> None:
-        """Say goodbye, if the manager can be reached at once."""
+        """Say goodbye, if the manager knows this worker and can be reached at once."""
+        if not self._registered:
+            return
         with suppress(httpx.HTTPError, OSError, TimeoutError):
             async with asyncio.timeout(_UNREGISTER_S), _client(self._url, self._token) as http:
-                await http.delete(f"/workers/{quote(self._info.worker_id, safe='')}/unregister")
-                log.info("unregistered at %s", self._url)
+                response = await http.delete(f"/workers/{quote(self._info.worker_id, safe='')}/unregister")
+                if response.is_success:
+                    self._registered = False
+                    log.info("unregistered at %s", self._url)
+
+    def _trouble_with(self, error: Exception) -> str:
+        if isinstance(error, Refused):
+            return f"{self._url}: {error}"
+        text = f"no manager answers at {self._url}: {str(error) or type(error).__name__}"
+        # At a control socket it is this machine's own manager, which is started again.
+        return text if self._url.startswith("unix:") else f"{text}; {_AWAY_HINT}"
 
     def _note(self, trouble: str) -> None:
         """Log what is wrong, once for as long as it stays the same."""
         if trouble != self._trouble:
             self._trouble = trouble
-            log.warning("no manager: %s; trying on", trouble)
+            log.warning("not registered: %s; trying on", trouble)
 
     def _next_url(self) -> str:
         """The next of our own URL and the gateways that are known."""
@@ -102,7 +116,11 @@ class Registration:
         self._changed.clear()
         now = await self._describe()
         message = RegisterWorker(info=self._info, devices=now.devices, engines=now.engines, instances=now.instances)
-        await self._tell(http, "/workers/register", message)
+        try:
+            await self._tell(http, "/workers/register", message)
+        except NotRegistered:
+            raise Refused(f"what answers there takes no workers (status 404); {_AWAY_HINT}") from None
+        self._registered = True
         log.info("registered at %s as %s (%s)", self._url, self._info.worker_id, self._info.url)
         self._trouble = ""
 
@@ -129,8 +147,29 @@ class Registration:
         if response.status_code == 404:
             raise NotRegistered
         if not response.is_success:
-            raise Refused(f"status {response.status_code}: {response.text[:500]}")
-        self._gateways = msgspec.json.decode(response.content, type=HeartbeatAnswer).gateways
+            raise Refused(_refusal(response))
+        try:
+            self._gateways = msgspec.json.decode(response.content, type=HeartbeatAnswer).gateways
+        except msgspec.DecodeError:
+            raise Refused(f"what answers there is no Model Pool; {_AWAY_HINT}") from None
+
+
+class _ErrorText(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _ErrorText = _ErrorText()
+
+
+def _refusal(response: httpx.Response) -> str:
+    """Why a report was refused, in the words of who did; for a wrong token, also where the right one is."""
+    try:
+        message = msgspec.json.decode(response.content, type=_ErrorBody).error.message
+    except msgspec.DecodeError:
+        message = ""
+    text = message.rstrip(".") or f"what answers there is no Model Pool (status {response.status_code}); {_AWAY_HINT}"
+    return f"{text}; {_TOKEN_HINT}" if response.status_code in (401, 403) else text
 
 
 def _client(url: str, token: str) -> httpx.AsyncClient:
