@@ -45,8 +45,9 @@ class PoolError(Exception):
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: float | None = None, code: str | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        # Often the words of another error, with their own full stop, end this one.
+        self.message = f"{message.rstrip('.')}." if message.endswith("..") else message
+        super().__init__(self.message)
         self.param = param
         self.retry_after = retry_after
         if code is not None:

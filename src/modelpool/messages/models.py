@@ -80,6 +80,8 @@ def _problem(spec: ModelSpec) -> str | None:
         return f"alias: {spec.alias!r} has a part `{min(reserved)}`, which would be ambiguous in a path"
     if spec.engine is EngineKind.VLLM and not spec.model_name:
         return "model_name: required, a hub name or a local path"
+    if spec.model_name in (".", "..") or spec.model_name.startswith(("./", "../")):
+        return f"model_name: {spec.model_name!r} is a relative path; give an absolute path, or a hub name"
     if spec.engine is EngineKind.VLLM and (set_ := [name for name in _FAKE_FIELDS if _is_set(spec, name)]):
         return f"{set_[0]}: only for the fake engine (`fake: true`)"
     if spec.gpu_memory_utilization is not None and spec.gpu_memory_gb is not None:
@@ -130,8 +132,8 @@ def _explain(error: msgspec.ValidationError, raw: Any, type_: type[Any]) -> Inva
     text = text[: at.start()] if at else text
     if unknown := _UNKNOWN.search(text):
         allowed = list(getattr(type_, "__struct_fields__", ())) if not path else []
-        nearest = difflib.get_close_matches(unknown["name"], allowed, 1)
-        hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+        nearest = _nearest(unknown["name"], allowed)
+        hint = f" Did you mean `{nearest}`?" if nearest else ""
         names = f" Allowed: {', '.join(allowed)}." if allowed else ""
         field = ".".join(part for part in (path, unknown["name"]) if part)
         return InvalidBody(f"Unknown field `{field}`.{hint}{names}", param=field, code="unknown_field")
@@ -140,6 +142,13 @@ def _explain(error: msgspec.ValidationError, raw: Any, type_: type[Any]) -> Inva
     if not path:
         return InvalidBody(f"{text}.", param=_missing_field(text))
     return InvalidBody(f"`{path}`: {_GOT.sub('', text)}, got {_shown(raw, path)}.", param=path)
+
+
+def _nearest(name: str, allowed: list[str]) -> str | None:
+    """The field that was surely meant: a slip of the keys, or one word of its name at the beginning or the end."""
+    close = difflib.get_close_matches(name, allowed, 1, cutoff=0.7)
+    part = [each for each in allowed if each.startswith(f"{name}_") or each.endswith(f"_{name}")]
+    return next(iter(close + part), None)
 
 
 def _missing_field(text: str) -> str | None:
