@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from modelpool import __version__
 from modelpool.cli.app import app
+from modelpool.cli.command import program
 from modelpool.cli.tables import instances_table, models_table, progress_text
 from modelpool.core.lifecycle import InstanceState
 from modelpool.messages.admin import InstanceView, ModelView
@@ -33,7 +34,7 @@ def test_every_command_says_how_to_start_a_pool_when_there_is_none(runner: CliRu
     done = runner.invoke(app, command)
     assert done.exit_code == 1
     assert "no pool answers at http://127.0.0.1:1" in done.stderr
-    assert "modelpool up" in done.stderr
+    assert f"`{program()} up`" in done.stderr
 
 
 def test_a_bad_setting_is_named(runner: CliRunner) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
-from modelpool.cli.client import PoolClient, fail, local_address
-from modelpool.cli.tables import instances_table, models_table, progress_text, status_line, workers_table
-from modelpool.core.lifecycle import InstanceState
+from modelpool.cli.client import PoolClient, Trouble, fail, local_address
+from modelpool.cli.command import program
+from modelpool.cli.tables import instances_table, models_table, status_line, workers_table
+from modelpool.cli.waiting import is_ready, wait
 from modelpool.home import AlreadyRunning
 from modelpool.messages.admin import ModelView
 from modelpool.process import StartupError
@@ -37,7 +38,7 @@ app = typer.Typer(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 UrlOption = Annotated[str | None, typer.Option("--url", envvar="MODELPOOL_URL", help="The pool's address.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", envvar="MODELPOOL_CONFIG", help="A YAML file.")]
-_POLL_S = 0.25
+_INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -51,6 +52,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 def up_command(
     host: Annotated[str | None, typer.Option(help="The gateway's address.")] = None,
     port: Annotated[int | None, typer.Option(help="The gateway's port; 0 for any free one.")] = None,
+    worker_host: Annotated[str | None, typer.Option(help="The worker's address.")] = None,
     worker_port: Annotated[int | None, typer.Option(help="The worker's port; 0 for any free one.")] = None,
     manager_host: Annotated[
         str | None, typer.Option(help="Let the manager listen on TCP too, at this address.")
@@ -74,6 +76,7 @@ def up_command(
             "gateway.insecure_no_auth": insecure_no_auth or None,
             "manager.host": manager_host,
             "manager.port": manager_port,
+            "worker.host": worker_host,
             "worker.port": worker_port,
         },
     )
@@ -86,9 +89,13 @@ def up_command(
         if isinstance(error, StartupError):
             fail(str(error), error.hint)
         if isinstance(error, AlreadyRunning):
-            fail(f"{error} in this home.", "`modelpool status` shows the pool; MODELPOOL_HOME names another home.")
+            end = f"; `kill {error.pid}` ends it" if error.pid else ""
+            fail(
+                f"{error} in the home {settings.home_path}",
+                f"`{program()} status` shows the pool{end}; MODELPOOL_HOME names another home.",
+            )
         if isinstance(error, OSError):
-            fail(f"{error}.", "docs/operations.md lists what a pool needs.")
+            fail(str(error), "docs/operations.md lists what a pool needs.")
         raise
     finally:
         screen.close()
@@ -106,7 +113,7 @@ def worker_command(
     config: ConfigOption = None,
 ) -> None:
     """Run a worker on this machine, in the foreground, for a pool that runs here or elsewhere."""
-    from modelpool.worker.__main__ import main as worker_main
+    from modelpool.worker.__main__ import run
 
     settings = _settings(
         config,
@@ -123,7 +130,12 @@ def worker_command(
             settings, worker=msgspec.structs.replace(settings.worker, manager_url=local.url)
         )
     os.environ.update(to_environ(settings), SPT_NOENV="1")
-    raise typer.Exit(worker_main())
+    try:
+        run(settings)
+    except StartupError as error:
+        fail(error.reason, error.hint)
+    except OSError as error:
+        fail(str(error), "docs/operations.md lists what a worker needs.")
 
 
 @app.command("register")
@@ -139,11 +151,16 @@ def register_command(
     gpu_memory_gb: Annotated[float | None, typer.Option(help="GB of each device for it.")] = None,
     min_replicas: Annotated[int | None, typer.Option(help="Replicas to keep.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="Use the fake engine.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is ready, or has failed.")] = False,
+    wait_: Annotated[
+        bool, typer.Option("--wait", help="Wait until all its replicas are ready, or it has failed.")
+    ] = False,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Wait so many seconds at most.")] = None,
     url: UrlOption = None,
     json: JsonOption = False,
 ) -> None:
     """Register a model; it is started, and stays registered until it is removed."""
+    if timeout is not None and not wait_:
+        fail("--timeout says how long to --wait; give both.", code=2)
     if model_name is not None and model_name.startswith((".", "~")):
         model_name = str(Path(model_name).expanduser().absolute())  # relative to whoever types it, not to the worker
     body = _body_from(file)
@@ -160,11 +177,19 @@ def register_command(
         body["engine_args"] = {**body.get("engine_args", {}), **dict(_assignment(text) for text in engine_arg)}
     with _client(url) as client:
         view = client.register(body)
-        if wait:
-            view = _wait(client, view.alias, None if json else Console())
-    _print(view, json, lambda: models_table([view]))
-    if wait and view.state is not InstanceState.ACTIVE:
+        if wait_:
+            view = _waited(client, view.alias, timeout, quiet=json)
+    failed = wait_ and not is_ready(view)
+    if json or not failed:
+        _print(view, json, lambda: models_table([view]))
+    if failed and json:
         raise typer.Exit(1)
+    if failed:
+        fail(
+            f"{view.alias} is not ready: {view.reason}",
+            f"It stays registered; `{program()} rm {view.alias}` removes it."
+            + (f" `{program()} logs {view.alias}` may say more." if view.instances else ""),
+        )
 
 
 @app.command("rm")
@@ -189,27 +214,35 @@ def list_command(url: UrlOption = None, json: JsonOption = False) -> None:
 def status_command(url: UrlOption = None, json: JsonOption = False) -> None:
     """Show models, instances and workers."""
     with _client(url) as client:
-        status = client.status()
+        status, local = client.status(), client.local
     if json:
         _print_json(status)
         return
     console = Console()
-    console.print(status_line(status), highlight=False)
+    console.print(status_line(status), highlight=False, soft_wrap=True)
     for table in (models_table(status.models), instances_table(status.models), workers_table(status.workers)):
         if table.row_count:
             console.print()
-            console.print(table)
+            console.print(table, soft_wrap=True)
+    if local is not None and local.pid:
+        console.print(f"\n[dim]`kill {local.pid}` ends this pool, as Ctrl-C does where `up` runs.[/]", highlight=False)
 
 
 @app.command("chat")
 def chat_command(
     model: str,
-    prompt: Annotated[str | None, typer.Argument(help="Ask this and end; without it, a conversation.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Ask this and end. Without it: what is piped in, or a conversation.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="The longest answer, in tokens.")] = None,
     url: UrlOption = None,
     json: JsonOption = False,
 ) -> None:
     """Talk to a model; the answer streams as it comes."""
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            fail("nothing was asked: standard input is empty.", "Give a prompt, or pipe one in.")
     if json and prompt is None:
         fail("--json needs a prompt.")
     with _client(url) as client:
@@ -248,31 +281,35 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:
     try:
         return load(environ, file=config, flags=flags)
     except SettingsError as error:
-        fail(f"{error}.", "docs/operations.md lists the settings.", code=2)
+        fail(str(error), "docs/operations.md lists the settings.", code=2)
 
 
 @contextmanager
 def _client(url: str | None) -> Iterator[PoolClient]:
-    client = PoolClient(_settings(None, {}), url)
+    """A client of the pool; what goes wrong with it ends the command with a sentence."""
     try:
-        yield client
-    finally:
-        client.close()
+        client = PoolClient(_settings(None, {}), url)
+        try:
+            yield client
+        finally:
+            client.close()
+    except Trouble as trouble:
+        fail(trouble.message, trouble.hint)
 
 
-def _wait(client: PoolClient, alias: str, console: Console | None) -> ModelView:
-    """The model once it is ACTIVE or its start has failed, telling on the way what it is at."""
-    shown = ""
-    while True:
-        view = client.model(alias)
-        if view.state is InstanceState.ACTIVE or any(each.failures for each in view.instances):
-            return view
-        progress = [progress_text(each.progress) for each in view.instances if each.progress]
-        now = f"{view.state}: {progress[0] if progress else view.reason}"
-        if console is not None and now != shown:
-            console.print(f"[dim]{alias}: {now}[/]", highlight=False)
-            shown = now
-        time.sleep(_POLL_S)
+def _waited(client: PoolClient, alias: str, timeout_s: float | None, *, quiet: bool) -> ModelView:
+    """The model after waiting for it, telling on the way what it is at."""
+    console = Console(quiet=quiet)
+    try:
+        return wait(
+            client,
+            alias,
+            lambda line: console.print(f"[dim]{escape(f'{alias}: {line}')}[/]", highlight=False, soft_wrap=True),
+            timeout_s=timeout_s,
+        )
+    except KeyboardInterrupt:
+        console.print(f"No longer waited for; {alias} stays registered.", highlight=False)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 def _body_from(file: Path | None) -> dict[str, Any]:

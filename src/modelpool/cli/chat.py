@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import msgspec
 from rich.console import Console
 
-from modelpool.cli.client import PoolClient, fail
+from modelpool.cli.client import PoolClient, Trouble, report
+
+_PROMPT = "> "
+_ENDS = ("/bye", "/exit")
 
 
 class Chat:
@@ -22,7 +27,10 @@ class Chat:
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
-        """The pieces of the answer. The conversation remembers question and answer once the answer is complete."""
+        """The pieces of the answer. Raises Trouble.
+
+        The conversation remembers question and answer once the answer is complete.
+        """
         messages = [*self._messages, {"role": "user", "content": question}]
         answer: list[str] = []
         for piece in self._stream(messages):
@@ -34,55 +42,63 @@ class Chat:
         body: dict[str, Any] = {"model": self._model, "messages": messages, "stream": True}
         if self._max_tokens is not None:
             body["max_tokens"] = self._max_tokens
-        headers = {"Authorization": f"Bearer {self._client.key}"} if self._client.key else {}
-        url = f"{self._client.url}/v1/chat/completions"
-        try:
-            with httpx.stream("POST", url, json=body, headers=headers, timeout=None, trust_env=False) as response:
-                if not response.is_success:
-                    fail(_message(response.read()) or f"the pool answered with status {response.status_code}.")
+        with self._client.stream("POST", "/v1/chat/completions", json=body, timeout=None) as response:
+            try:
                 for line in response.iter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield _delta(msgspec.json.decode(line[6:]))
-        except httpx.ConnectError:
-            fail(f"no pool answers at {self._client.url}.", "Start one with `modelpool up`.")
-        except httpx.HTTPError as error:
-            fail(f"the answer broke off: {error or type(error).__name__}.")
+            except (httpx.HTTPError, msgspec.DecodeError) as error:
+                raise Trouble(f"the answer broke off: {error or type(error).__name__}") from error
 
 
-def converse(chat: Chat, console: Console) -> None:
-    """Ask until the end of input (Ctrl-D) or an interrupt at the prompt; an interrupt in an answer ends that answer."""
-    console.print("[dim]Ctrl-D ends the conversation.[/]")
+def converse(chat: Chat, console: Console, read: Callable[[str], str] = input) -> None:
+    """Ask until `/bye`, `/exit`, the end of input (Ctrl-D) or an interrupt at the prompt.
+
+    An interrupt in an answer ends that answer, an error the turn; the conversation goes on as if neither had been.
+    """
+    with suppress(ImportError):
+        importlib.import_module("readline")  # from then on `input` edits its line and knows the ones before
+    console.print("[dim]/bye or Ctrl-D ends the conversation.[/]", highlight=False)
     while True:
         try:
-            question = console.input("[bold]> [/]").strip()
+            question = read(_PROMPT).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
+        if question in _ENDS:
+            return
         if question:
-            try:
-                say(chat, question, console)
-            except KeyboardInterrupt:
-                console.print("[dim] (stopped)[/]")
+            _turn(chat, question, console)
+
+
+def _turn(chat: Chat, question: str, console: Console) -> None:
+    try:
+        say(chat, question, console)
+    except KeyboardInterrupt:
+        console.print("[dim] (stopped)[/]")
+    except Trouble as trouble:
+        report(trouble.message, trouble.hint)
 
 
 def say(chat: Chat, question: str, console: Console) -> None:
-    """Ask once and print the answer while it comes."""
-    for piece in chat.ask(question):
-        console.out(piece, end="", highlight=False)
-        console.file.flush()
+    """Ask once and print the answer while it comes. Raises Trouble."""
+    begun = False
+    try:
+        for piece in chat.ask(question):
+            console.out(piece, end="", highlight=False)
+            console.file.flush()
+            begun = begun or bool(piece)
+    except Trouble:
+        if begun:
+            console.out("")
+        raise
     console.out("")
 
 
 def _delta(event: Any) -> str:
     if "error" in event:
-        fail(f"the answer broke off: {event['error'].get('message', event['error'])}")
+        error = event["error"]
+        raise Trouble(f"the answer broke off: {error.get('message', error) if isinstance(error, dict) else error}")
     choices = event.get("choices") or [{}]
     delta = choices[0].get("delta") or {}
     return str(delta.get("reasoning_content") or "") + str(delta.get("content") or "")
-
-
-def _message(body: bytes) -> str:
-    try:
-        return str(msgspec.json.decode(body)["error"]["message"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,20 +14,36 @@ import httpx
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
-from modelpool.settings import Settings
+from modelpool.settings import Settings, pool_url
 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+MANAGER_AWAY_S = 8.0
+"""How long a command waits for a manager that is being started again."""
+_AWAY_RETRY_S = 0.5
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """What `modelpool up` leaves in its run directory for the commands that come after it."""
+    """What `modelpool up` leaves in its run directory for the commands that come after it. `pid` is its own."""
 
     url: str
     run_id: str
+    pid: int = 0
+
+
+class Trouble(Exception):
+    """A request that came to nothing. `hint` says what to do about it; `code` is the pool's, where it has one."""
+
+    def __init__(self, message: str, hint: str = "", *, code: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
 
 
 def address_file(settings: Settings) -> Path:
@@ -35,68 +52,110 @@ def address_file(settings: Settings) -> Path:
 
 def fail(message: str, hint: str = "", *, code: int = 1) -> NoReturn:
     """Say what is wrong and what to do about it, and end."""
-    console = Console(stderr=True)
-    console.print(f"[red]error:[/] {message}", highlight=False, soft_wrap=True)
-    if hint:
-        console.print(f"[dim]{hint}[/]", highlight=False, soft_wrap=True)
+    report(message, hint)
     raise typer.Exit(code)
 
 
+def report(message: str, hint: str = "") -> None:
+    """Say on standard error what is wrong and what to do about it. The message gets its full stop here."""
+    console = Console(stderr=True)
+    console.print(f"[red]error:[/] {escape(sentence(message))}", highlight=False, soft_wrap=True)
+    if hint:
+        console.print(f"[dim]{escape(hint)}[/]", highlight=False, soft_wrap=True)
+
+
+def sentence(text: str) -> str:
+    """With one full stop at its end, whatever ended it before."""
+    text = text.rstrip()
+    return text if text.endswith(("?", "!", "…")) else f"{text.rstrip('.')}."
+
+
 class PoolClient:
-    """The admin API of one pool."""
+    """The admin API of one pool. Every call raises Trouble."""
 
     def __init__(self, settings: Settings, url: str | None) -> None:
         local = local_address(settings)
-        self.url = (url or (local.url if local else DEFAULT_URL)).rstrip("/")
-        self.key = _key(settings, local=local is not None and local.url == self.url)
+        self.url = pool_url(url or (local.url if local else DEFAULT_URL))
+        self.local = local if local is not None and local.url == self.url else None
+        """The pool of this home, if that is the one."""
+        self.key = _key(settings, local=self.local is not None)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise Trouble(f"{self.url} is no address: {error}", "Give it as http://host:port.") from error
 
     def close(self) -> None:
         self._http.close()
 
     def register(self, body: dict[str, Any]) -> ModelView:
         answer = self._request("POST", "/admin/models/register", json=body)
-        return msgspec.convert(msgspec.json.decode(answer)["routing"], ModelView)
+        return self._decoded(answer, _Registered).routing
 
     def remove(self, alias: str) -> None:
-        self._request("DELETE", f"/admin/models/{quote(alias)}")
+        self._request("DELETE", f"/admin/models/{quote(alias)}", done_already=404)
 
     def model(self, alias: str) -> ModelView:
-        return msgspec.json.decode(self._request("GET", f"/admin/models/{quote(alias)}"), type=ModelView)
+        return self._decoded(self._request("GET", f"/admin/models/{quote(alias)}"), ModelView)
 
     def status(self) -> PoolStatus:
-        return msgspec.json.decode(self._request("GET", "/admin/status"), type=PoolStatus)
+        return self._decoded(self._request("GET", "/admin/status"), PoolStatus)
 
     @contextmanager
     def logs(self, alias: str, *, tail: int, follow: bool) -> Iterator[Iterator[str]]:
         """The text of a model's log, piece by piece."""
         path, params = f"/admin/models/{quote(alias)}/logs", {"tail": str(tail), "follow": str(follow).lower()}
-        timeout = httpx.Timeout(30.0, read=None)
-        with self._reaching(), self._http.stream("GET", path, params=params, timeout=timeout) as response:
-            if not response.is_success:
-                response.read()
-                _fail_with(response)
+        with self.stream("GET", path, params=params, timeout=httpx.Timeout(30.0, read=None)) as response:
             yield response.iter_text()
 
-    def _request(self, method: str, path: str, **kwargs: Any) -> bytes:
-        with self._reaching():
-            response = self._http.request(method, path, **kwargs)
-        if not response.is_success:
-            _fail_with(response)
-        return response.content
+    @contextmanager
+    def stream(self, method: str, path: str, **kwargs: Any) -> Iterator[httpx.Response]:
+        """A response with status 200, to be read piece by piece."""
+        with self._reaching(), self._http.stream(method, path, **kwargs) as response:
+            if not response.is_success:
+                response.read()
+                raise trouble_of(response)
+            yield response
+
+    def _request(self, method: str, path: str, *, done_already: int = 0, **kwargs: Any) -> bytes:
+        """The answer's body. While the manager is away it is asked again for a while.
+
+        A request that got no answer may have been carried out: from the second try on `done_already` is success, too.
+        """
+        deadline = time.monotonic() + MANAGER_AWAY_S
+        tried = False
+        while True:
+            with self._reaching():
+                response = self._http.request(method, path, **kwargs)
+            if response.is_success or (tried and response.status_code == done_already):
+                return response.content
+            trouble = trouble_of(response)
+            if trouble.code != "manager_away" or time.monotonic() >= deadline:
+                raise trouble
+            tried = True
+            time.sleep(_AWAY_RETRY_S)
+
+    def _decoded(self, content: bytes, type_: type[T]) -> T:
+        try:
+            return msgspec.json.decode(content, type=type_)
+        except msgspec.DecodeError as error:
+            raise Trouble(f"what answers at {self.url} is no Model Pool of this version: {error}") from error
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
-        except httpx.ConnectError:
-            fail(
-                f"no pool answers at {self.url}.",
-                "Start one with `modelpool up`, or name another with --url or MODELPOOL_URL.",
-            )
-        except httpx.HTTPError as error:
-            fail(f"{self.url} does not answer as it should: {error or type(error).__name__}.")
+        except httpx.ConnectError as error:
+            raise Trouble(
+                f"no pool answers at {self.url}",
+                f"Start one with `{program()} up`, or name another with --url or MODELPOOL_URL.",
+            ) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Trouble(f"{self.url} does not answer as it should: {error or type(error).__name__}") from error
+
+
+class _Registered(msgspec.Struct, frozen=True):
+    routing: ModelView
 
 
 def local_address(settings: Settings) -> PoolAddress | None:
@@ -117,15 +176,16 @@ def _key(settings: Settings, *, local: bool) -> str:
     return os.environ.get("MODELPOOL_API_KEY", "")
 
 
-def _fail_with(response: httpx.Response) -> NoReturn:
+_KEY_HINT = "Set MODELPOOL_API_KEY to the pool's admin key (the file `admin-key` in its home)."
+_AWAY_HINT = "The manager restarts by itself; try again in a moment."
+
+
+def trouble_of(response: httpx.Response) -> Trouble:
+    """Why a pool refused, in its own words."""
     try:
         error = msgspec.json.decode(response.content)["error"]
         message, code = str(error["message"]), str(error["code"])
     except (msgspec.DecodeError, KeyError, TypeError):
-        fail(f"the pool answered with status {response.status_code}.")
-    hints = {
-        "invalid_api_key": "Set MODELPOOL_API_KEY to the pool's admin key (the file `admin-key` in its home).",
-        "forbidden": "Set MODELPOOL_API_KEY to the pool's admin key (the file `admin-key` in its home).",
-        "manager_away": "The manager restarts by itself; try again in a moment.",
-    }
-    fail(message, hints.get(code, ""))
+        return Trouble(f"what answers at {response.url.join('/')} is no Model Pool (status {response.status_code})")
+    needs_key = code == "invalid_api_key" or (code == "forbidden" and "admin key" in message)
+    return Trouble(message, _KEY_HINT if needs_key else _AWAY_HINT if code == "manager_away" else "", code=code)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from rich.table import Table
 from rich.text import Text
 
+from modelpool.cli.listing import Listing, natural
 from modelpool.core.lifecycle import InstanceState
 from modelpool.messages.admin import InstanceView, ModelView, PoolStatus, WorkerView
 from modelpool.messages.workers import Device, Progress
@@ -20,29 +20,24 @@ _COLOUR = {
 _GB = 10**9
 
 
-def models_table(models: Iterable[ModelView]) -> Table:
-    """One line a model."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("MODEL", "STATE", "ENGINE", "REPLICAS", "WHERE", "NOTE"):
-        table.add_column(column, overflow="fold")
+def models_table(models: Iterable[ModelView]) -> Listing:
+    """One line a model. REPLICAS: how many are ready, and how many are wanted."""
+    table = Listing("MODEL", "STATE", "ENGINE", "REPLICAS", "WHERE", "NOTE")
     for model in models:
-        active = sum(each.state is InstanceState.ACTIVE for each in model.instances)
         table.add_row(
             model.alias,
             state_text(model.state),
             model.spec.engine,
-            f"{active}/{max(1, len(model.instances))}",
+            f"{ready_count(model)}/{model.wanted}",
             ", ".join(dict.fromkeys(each.worker_id for each in model.instances)) or "–",
-            Text(_note(model), style="dim"),
+            _dim(_note(model)),
         )
     return table
 
 
-def instances_table(models: Iterable[ModelView]) -> Table:
+def instances_table(models: Iterable[ModelView]) -> Listing:
     """One line an instance."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("INSTANCE", "STATE", "WORKER", "DEVICES", "PID", "NOTE"):
-        table.add_column(column, overflow="fold")
+    table = Listing("INSTANCE", "STATE", "WORKER", "DEVICES", "PID", "NOTE")
     for instance in (each for model in models for each in model.instances):
         table.add_row(
             instance.instance,
@@ -50,26 +45,24 @@ def instances_table(models: Iterable[ModelView]) -> Table:
             instance.worker_id,
             ",".join(map(str, instance.devices)) or "–",
             str(instance.pid or "–"),
-            Text(_instance_note(instance), style="dim"),
+            _dim(_instance_note(instance)),
         )
     return table
 
 
-def workers_table(workers: Iterable[WorkerView]) -> Table:
+def workers_table(workers: Iterable[WorkerView]) -> Listing:
     """One line a worker."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("WORKER", "STATE", "URL", "DEVICES", "ENGINES", "NOTE"):
-        table.add_column(column, overflow="fold")
-    for worker in workers:
+    table = Listing("WORKER", "STATE", "URL", "DEVICES", "ENGINES", "NOTE")
+    for worker in sorted(workers, key=lambda each: natural(each.worker_id)):
         engines = ", ".join(f"{kind} {status.state}" for kind, status in sorted(worker.engines.items()))
         problems = [f"{kind}: {status.reason}" for kind, status in sorted(worker.engines.items()) if status.reason]
         table.add_row(
             worker.worker_id,
             Text("alive", style="green") if worker.alive else Text("lost", style="red"),
             worker.url,
-            "\n".join(device_text(device) for device in worker.devices),
+            devices_text(worker.devices),
             engines,
-            Text("; ".join([worker.reason, *problems] if worker.reason else problems), style="dim"),
+            _dim("; ".join([worker.reason, *problems] if worker.reason else problems)),
         )
     return table
 
@@ -84,13 +77,27 @@ def status_line(status: PoolStatus) -> str:
     )
 
 
+def ready_count(model: ModelView) -> int:
+    """How many replicas of it are ready."""
+    return sum(each.state is InstanceState.ACTIVE for each in model.instances)
+
+
 def state_text(state: InstanceState) -> Text:
     return Text(state, style=_COLOUR.get(state, "dim"))
 
 
-def device_text(device: Device) -> str:
-    free, total = device.free_bytes / _GB, device.total_bytes / _GB
-    return f"{device.kind}{device.index} {device.name}: {free:.1f} of {total:.1f} GB free"
+def devices_text(devices: Sequence[Device]) -> str:
+    """`cpu0 2 CPU cores: 3.0 of 8.0 GB free`; all of one name together: `4 × H200: 500.1 of 560.0 GB free`."""
+    groups: dict[str, list[Device]] = {}
+    for device in devices:
+        groups.setdefault(device.name, []).append(device)
+    return ", ".join(_group_text(name, group) for name, group in groups.items())
+
+
+def _group_text(name: str, group: Sequence[Device]) -> str:
+    free, total = sum(each.free_bytes for each in group) / _GB, sum(each.total_bytes for each in group) / _GB
+    what = f"{len(group)} × {name}" if len(group) > 1 else f"{group[0].kind}{group[0].index} {name}"
+    return f"{what}: {free:.1f} of {total:.1f} GB free"
 
 
 def progress_text(progress: Progress) -> str:
@@ -98,6 +105,10 @@ def progress_text(progress: Progress) -> str:
     if not progress.total_bytes:
         return progress.phase
     return f"{progress.phase} {progress.done_bytes / _GB:.1f} of {progress.total_bytes / _GB:.1f} GB"
+
+
+def _dim(note: str) -> Text:
+    return Text(" ".join(note.split()), style="dim")
 
 
 def _note(model: ModelView) -> str:

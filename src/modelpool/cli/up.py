@@ -13,13 +13,16 @@ import msgspec
 import setproctitle
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 
 from modelpool import demo
 from modelpool.cli.client import PoolAddress, address_file
+from modelpool.cli.command import command
 from modelpool.cli.embedded import EmbeddedPool, embedded_pool
 from modelpool.cli.tables import models_table
+from modelpool.cli.waiting import News
 from modelpool.core.lifecycle import InstanceState
-from modelpool.home import Home
+from modelpool.home import Home, open_private
 from modelpool.messages.admin import ModelView, PoolStatus
 from modelpool.process import StartupError
 from modelpool.settings import Settings
@@ -41,6 +44,9 @@ class Screen(Protocol):
     def ready(self, url: str, run_id: str, models: tuple[ModelView, ...]) -> None:
         """All is up, or as far up as it gets."""
 
+    def ending(self) -> None:
+        """An interrupt came; it takes a while."""
+
 
 async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
     """Run a pool until SIGINT or SIGTERM. Raises StartupError with a reason and what to do about it."""
@@ -57,12 +63,14 @@ async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
 
 async def _serve(settings: Settings, home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo: bool) -> None:
     address = address_file(settings)
-    address.write_bytes(msgspec.json.encode(PoolAddress(url=pool.gateway.url, run_id=settings.run_id)))
+    with open_private(address, "wb") as file:
+        file.write(msgspec.json.encode(PoolAddress(url=pool.gateway.url, run_id=settings.run_id, pid=os.getpid())))
     try:
         async with asyncio.TaskGroup() as tasks:
             keeping = tasks.create_task(pool.keep())
             showing = tasks.create_task(_bring_up(home, pool, screen, with_demo=with_demo))
             await _interrupted()
+            screen.ending()
             keeping.cancel()
             showing.cancel()
     finally:
@@ -108,7 +116,7 @@ def _settled(model: ModelView) -> bool:
     """Whether waiting longer is no use: it serves, or has failed, or nothing can take it."""
     if model.state is InstanceState.ACTIVE or any(each.failures >= _FAILURES_SHOWN for each in model.instances):
         return True
-    return not model.instances and "no worker can take it" in model.reason
+    return model.permanent or (not model.instances and "no worker can take it" in model.reason)
 
 
 async def _register_demo(control: httpx.AsyncClient, screen: Screen) -> None:
@@ -139,7 +147,7 @@ class Terminal:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
-        self._shown: dict[str, str] = {}
+        self._news = News()
         self._begun = False
 
     def close(self) -> None:
@@ -148,7 +156,7 @@ class Terminal:
             self._begun = False
 
     def notice(self, text: str) -> None:
-        self._console.print(f"[yellow]notice:[/] {text}", highlight=False, soft_wrap=True)
+        self._console.print(f"[yellow]notice:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def progress(self, models: tuple[ModelView, ...]) -> None:
         if self._live is not None:
@@ -158,20 +166,23 @@ class Terminal:
             self._live.update(models_table(models))
             return
         for model in models:
-            line = f"{model.alias}: {model.state}" + (f" ({model.reason})" if model.reason else "")
-            if self._shown.get(model.alias) != line:
-                self._shown[model.alias] = line
-                self._console.print(line, highlight=False, soft_wrap=True)
+            if line := self._news.of(model):
+                self._console.print(escape(f"{model.alias}: {line}"), highlight=False, soft_wrap=True)
 
     def ready(self, url: str, run_id: str, models: tuple[ModelView, ...]) -> None:
         self.close()
         if models:
-            self._console.print(models_table(models))
+            self._console.print(models_table(models), soft_wrap=True)
         self._console.print(f"\nModel Pool serves at [bold]{url}/v1[/] (run {run_id})", highlight=False)
         if any(model.state is InstanceState.ACTIVE for model in models):
             name = next(model.alias for model in models if model.state is InstanceState.ACTIVE)
-            self._console.print(f"Talk to a model:  modelpool chat {name}", highlight=False)
-        self._console.print("Ctrl-C ends it.", highlight=False)
+            self._console.print(escape(f"Talk to a model:  {command()} chat {name}"), highlight=False, soft_wrap=True)
+        self._console.print(f"Ctrl-C ends it; from elsewhere, `kill {os.getpid()}`.", highlight=False)
+
+    def ending(self) -> None:
+        self.close()
+        text = "Ending: requests in flight have a few seconds. Ctrl-C again ends everything at once."
+        self._console.print(text, highlight=False)
 
 
 class JsonLines:
@@ -195,6 +206,9 @@ class JsonLines:
 
     def ready(self, url: str, run_id: str, models: tuple[ModelView, ...]) -> None:
         self._put(event="ready", url=url, run_id=run_id, models=models)
+
+    def ending(self) -> None:
+        self._put(event="ending")
 
     def _put(self, **fields: Any) -> None:
         self._write(msgspec.json.encode(fields).decode())
