@@ -96,8 +96,10 @@ async def test_the_engine_gets_the_request_with_our_token_and_without_the_client
 async def test_every_inference_route_reaches_a_path_that_engines_let_clients_use() -> None:
     upstream = Upstream()
     async with serving(upstream) as endpoint, gateway(entry("m", [endpoint])) as world:
+        form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--b--'
         for path, route in INFERENCE.items():
-            answer = await world.ask(request("POST", path.decode(), b'{"model": "m"}'))
+            body, kind = (form, "multipart/form-data; boundary=b") if b"/audio/" in path else (b'{"model": "m"}', "x")
+            answer = await world.ask(request("POST", path.decode(), body, {"Content-Type": kind}))
             assert answer.status == 200
             assert upstream.heads[-1].startswith(b"POST %b HTTP/1.1" % route.path)
             assert inference_methods(route.path.decode()) == {"POST"}

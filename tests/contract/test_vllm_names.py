@@ -63,6 +63,34 @@ known = ModelRegistry.models["Qwen3ForCausalLM"]
 ModelRegistry.register_model("Qwen3ForCausalLM", known.load_model_cls())
 assert ModelRegistry.models["Qwen3ForCausalLM"].inspect_model_cls().is_text_generation_model
 
+# Every route is for clients, or is kept from them on purpose. Pooling's are added only with a model.
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.cohere import api_router as cohere
+from vllm.entrypoints.pooling.classify import api_router as classify
+from vllm.entrypoints.pooling.embed import api_router as embed
+from vllm.entrypoints.pooling.pooling import api_router as pooling
+from vllm.entrypoints.pooling.scoring import api_router as scoring
+from modelpool.relay.inference import FORM_PATHS, JSON_PATHS, inference_methods
+def served(routes):
+    for route in routes:
+        if hasattr(route, "original_router"):
+            yield from served(route.original_router.routes)
+        elif hasattr(route, "path"):
+            yield from ((route.path, method) for method in getattr(route, "methods", None) or {"WebSocket"})
+app = build_app(parser.parse_args(["--model", "x"]), ("generate", "transcription", "realtime"), None)
+theirs = set(served(app.routes))
+for module in (classify, embed, pooling, scoring):
+    theirs |= set(served(module.router.routes))
+cohere_paths = {path for path in JSON_PATHS if path.startswith("/cohere/")}
+assert all(f'"{path}"' in inspect.getsource(cohere) for path in cohere_paths)
+kept = {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/load", "/metrics", "/ping", "/invocations"}
+kept |= {"/kv_event_sources", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1/abort_requests"}
+wrong = {(path, method) for path, method in theirs if path not in kept
+    and method not in inference_methods(path.replace("{response_id}", "resp_1"))}
+assert wrong == {("/v1/realtime", "WebSocket")}, wrong
+assert not [path for path in kept if inference_methods(path)]
+assert JSON_PATHS | FORM_PATHS <= {path for path, method in theirs if method == "POST"} | cohere_paths
+
 # What the preload leaves behind is safe to fork.
 assert len(os.listdir("/proc/self/task")) == 1
 print("all there")

@@ -50,7 +50,7 @@ class GatewayApp:
     async def serve(self, request: Request, client: ClientConnection) -> None:
         route = request.route
         assert route is not None
-        if route.kind is Kind.INFERENCE:
+        if route.kind is Kind.INFERENCE or route.kind is Kind.FORM:
             await self._inference.serve(request, route, client)
         elif route.kind is Kind.CONTROL:
             await self._control.serve(request, route, client)

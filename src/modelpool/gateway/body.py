@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from modelpool.errors import InvalidRequest
+from modelpool.relay.form import MalformedForm, fields
 
 
 class _Body(msgspec.Struct):
@@ -32,8 +33,33 @@ def model_of(body: bytes) -> str:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     if isinstance(model, msgspec.UnsetType):
-        raise InvalidRequest("`model` is missing: name one of those that GET /v1/models lists.", param="model")
+        raise _missing()
     return model
+
+
+def model_of_form(content_type: bytes, body: bytes) -> str:
+    """The `model` of a multipart/form-data body, wherever among its fields it stands. Raises InvalidRequest."""
+    model = None
+    try:
+        for field in fields(content_type, body):
+            if field.name != "model":
+                continue
+            if model is not None:
+                raise InvalidRequest("`model` came more than once.", param="model")
+            if field.filename is not None:
+                raise InvalidRequest("`model` must be a text that names a model, got a file.", param="model")
+            model = body[field.start : field.end].decode()
+    except MalformedForm as error:
+        raise InvalidRequest(f"The body must be multipart/form-data, but {error}.", code="invalid_form") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("`model` is not valid UTF-8.", param="model") from error
+    if not model:
+        raise _missing()
+    return model
+
+
+def _missing() -> InvalidRequest:
+    return InvalidRequest("`model` is missing: name one of those that GET /v1/models lists.", param="model")
 
 
 def _explain(error: msgspec.ValidationError) -> InvalidRequest:

@@ -7,12 +7,12 @@ import logging
 import msgspec
 
 from modelpool.errors import Draining, EngineError, InstanceNotFound, UpstreamFailed
-from modelpool.gateway.body import model_of
+from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.instances import Instance
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
-from modelpool.gateway.routes import Route
+from modelpool.gateway.routes import Kind, Route
 from modelpool.gateway.table import Table
 from modelpool.relay import encode_request
 
@@ -40,7 +40,7 @@ class Inference:
 
     async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
         """Raises PoolError before the first byte of an answer."""
-        alias = model_of(request.body)
+        alias = model_of(request.body) if route.kind is Kind.INFERENCE else _model_of_form(request)
         tried: list[Instance] = []
         while True:
             instance, _ = self._table.model(alias).choose(tried)
@@ -71,6 +71,10 @@ class Inference:
             # A host that closed an idle connection takes new ones. Nobody there means that it died, perhaps of this
             # very request: sent on, it would be the death of one replica after the other.
             raise UpstreamFailed(f"The instance {instance.name} died before it answered.") from error
+
+
+def _model_of_form(request: Request) -> str:
+    return model_of_form(request.by_name.get(b"content-type", b""), request.body)
 
 
 async def _attempt(

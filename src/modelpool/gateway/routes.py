@@ -6,12 +6,14 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from modelpool.errors import MethodNotAllowed, RouteNotFound
-from modelpool.relay.inference import JSON_PATHS
+from modelpool.relay.inference import FORM_PATHS, JSON_PATHS
 
 
 class Kind(Enum):
     INFERENCE = auto()
-    """Goes to an instance of the model that the body names."""
+    """Goes to an instance of the model that the JSON body names."""
+    FORM = auto()
+    """The same for a body that is a form."""
     CONTROL = auto()
     """Goes to the control socket."""
     MODELS = auto()
@@ -44,13 +46,14 @@ _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 def _inference_routes() -> dict[bytes, Route]:
     """Each engine path, and the same with `/v1` taken off or put before it: base URLs come either way."""
-    paths = sorted(path.encode() for path in JSON_PATHS)
-    served = {path: path for path in paths}
-    for path in paths:
-        other = path[3:] if path.startswith(b"/v1/") else b"/v1" + path
-        if not path.startswith(b"/v2/"):
-            served.setdefault(other, path)
-    return {path: Route(Kind.INFERENCE, Scope.INFERENCE, engine) for path, engine in served.items()}
+    kinds = dict.fromkeys(JSON_PATHS, Kind.INFERENCE) | dict.fromkeys(FORM_PATHS, Kind.FORM)
+    served = {path.encode(): Route(kind, Scope.INFERENCE, path.encode()) for path, kind in kinds.items()}
+    for path, route in sorted(served.items()):
+        if path.startswith(b"/v1/"):
+            served.setdefault(path[3:], route)
+        elif path.count(b"/") == 1:
+            served.setdefault(b"/v1" + path, route)
+    return served
 
 
 INFERENCE = _inference_routes()

@@ -198,5 +198,24 @@ class Response(_Answer):
         }
 
 
+class Transcription(_Answer):
+    """/v1/audio/transcriptions, and with another `task` /v1/audio/translations"""
+
+    def __init__(self, id_: str, model: str, choice: Generation, *, task: str, seconds: int) -> None:
+        super().__init__(id_, model, [choice], 0)
+        self._object = f"{task}.chunk"
+        self._used = {"usage": {"type": "duration", "seconds": seconds}} if task == "transcription" else {}
+
+    def body(self) -> dict[str, Any]:
+        return {"text": self.choices[0].text, **self._used}
+
+    def events(self, step: int) -> Iterator[Event]:
+        choice = self.choices[0]
+        yield self._chunk(self._object, [{"delta": {"content": choice.tokens[step]}, **_finish(choice, step)}])
+
+    def last_events(self, usage: bool) -> Iterator[Event]:
+        yield from self._usage_events(self._object, usage)
+
+
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": None}

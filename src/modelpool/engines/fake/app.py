@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from modelpool.engines.engine import Receive, Scope, Send
@@ -23,6 +24,7 @@ from modelpool.engines.fake.exchange import (
     unless_client_leaves,
 )
 from modelpool.engines.fake.requests import (
+    AudioRequest,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
@@ -42,6 +44,8 @@ Handler = Callable[[Exchange], Awaitable[None]]
 # vLLM's default for plain completions.
 _COMPLETION_TOKENS = 16
 _DIMENSIONS = 16
+# As if all sound were PCM of 16 bits and 16 kHz.
+_SOUND_BYTES_PER_S = 32_000
 
 
 class FakeApp:
@@ -59,6 +63,8 @@ class FakeApp:
             "/v1/completions": {"POST": self._completion},
             "/v1/responses": {"POST": self._response},
             "/v1/embeddings": {"POST": self._embeddings},
+            "/v1/audio/transcriptions": {"POST": partial(self._audio, "transcription")},
+            "/v1/audio/translations": {"POST": partial(self._audio, "translation")},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
         }
@@ -182,6 +188,20 @@ class FakeApp:
         for name, event in answer.last_events(usage):
             await exchange.event(event, name)
         await exchange.end_events()
+
+    async def _audio(self, task: str, exchange: Exchange) -> None:
+        """It hears how much there is to hear, or says what it was told to say."""
+        request, files = exchange.form(AudioRequest)
+        self._check_model(request.model)
+        if (heard := files.get("file")) is None:
+            raise bad_request("`file` is missing.", "file")
+        how = self._behaviour(exchange)
+        said = self._model.fake_response or f"You sent {len(heard)} bytes of sound."
+        made = generation(said, max_tokens=self._budget(0, None), exactly=how.tokens)
+        id_ = f"{'trsc' if task == 'transcription' else 'trsl'}-{uuid.uuid4().hex}"
+        seconds = len(heard) // _SOUND_BYTES_PER_S + 1
+        answer = answers.Transcription(id_, self._model.alias, made, task=task, seconds=seconds)
+        await self._answer(exchange, answer, how, request.stream, request.stream_include_usage)
 
     async def _embeddings(self, exchange: Exchange) -> None:
         request = exchange.decoded(EmbeddingRequest)

@@ -10,6 +10,7 @@ import msgspec
 
 from modelpool.engines.engine import Receive, Scope, Send
 from modelpool.messages.models import decode_body
+from modelpool.relay.form import fields
 
 T = TypeVar("T")
 
@@ -43,6 +44,22 @@ class Exchange:
     def decoded(self, type_: type[T]) -> T:
         """The body as `type_`. Raises what decode_body raises."""
         return decode_body(self.body, type_)
+
+    def form(self, type_: type[T]) -> tuple[T, dict[str, bytes]]:
+        """A form: its texts as `type_`, and its files by name. Raises Refused."""
+        texts: dict[str, str] = {}
+        files: dict[str, bytes] = {}
+        content_type = next((value for name, value in self.scope["headers"] if name == b"content-type"), b"")
+        try:
+            for field in fields(content_type, self.body):
+                value = self.body[field.start : field.end]
+                if field.filename is None:
+                    texts[field.name] = value.decode()
+                else:
+                    files[field.name] = value
+            return msgspec.convert(texts, type_, strict=False), files
+        except ValueError as error:
+            raise bad_request(str(error)) from error
 
     async def json(self, value: Any, status: int = 200) -> None:
         await self._answer(status, b"application/json", msgspec.json.encode(value))

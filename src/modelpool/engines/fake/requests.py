@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -72,6 +72,16 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(self.input, str):
             return [*head, ChatMessage(role="user", content=self.input)]
         return [*head, *msgspec.convert([item for item in self.input if "role" in item], list[ChatMessage])]
+
+
+class AudioRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a form, but for `file`."""
+
+    model: str | None = None
+    language: str | None = None
+    response_format: Literal["json", "text"] = "json"
+    stream: bool = False
+    stream_include_usage: bool = False
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
