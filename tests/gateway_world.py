@@ -22,7 +22,7 @@ from modelpool.gateway.listener import Listener, listening
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.messages.routing import ModelEntry, Route, Snapshot, Unavailable
-from modelpool.relay import Endpoint, Pools
+from modelpool.relay import Deadlines, Endpoint, Pools
 from modelpool.tcp import bind_tcp
 
 ADMIN_KEY = "the-admin-key"
@@ -187,6 +187,7 @@ async def gateway(
     limits: Limits | None = None,
     grace_s: float = 0.1,
     follow: bool = False,
+    deadlines: Deadlines = Deadlines(),
 ) -> AsyncIterator[World]:
     """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
     upstreams, controls = Pools(connect_timeout_s=1.0), Pools(connect_timeout_s=1.0)
@@ -197,7 +198,7 @@ async def gateway(
     if not follow:
         table.apply(snapshot_of(*entries))
     access = Access(api_key=api_key, admin_key=ADMIN_KEY, cluster_token=TOKEN, local=local)
-    app = GatewayApp(access, table, feed, Inference(table), Control(control))
+    app = GatewayApp(access, table, feed, Inference(table, deadlines), Control(control))
     sock: socket.socket = bind_tcp("127.0.0.1", 0, flag="", variable="")
     async with asyncio.TaskGroup() as tasks:
         following = [tasks.create_task(feed.follow())] if follow else []

@@ -18,6 +18,8 @@ from msgspec import Meta
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
+SecondsOrNone = Annotated[float, Meta(ge=0)]
+"""0: no limit."""
 
 
 class SettingsError(Exception):
@@ -32,6 +34,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     insecure_no_auth: bool = False
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 << 20
     connect_timeout_s: Seconds = 5.0
+    first_byte_timeout_s: SecondsOrNone = 600.0
+    """What an instance may take until its answer begins: for a plain request that is all of its work."""
+    between_bytes_timeout_s: SecondsOrNone = 120.0
+    """How long an answer that has begun may stand still."""
+    total_timeout_s: SecondsOrNone = 0.0
 
 
 class ManagerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,6 +117,9 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_INSECURE_NO_AUTH", "gateway.insecure_no_auth"),
     ("MODELPOOL_MAX_BODY_BYTES", "gateway.max_body_bytes"),
     ("MODELPOOL_CONNECT_TIMEOUT", "gateway.connect_timeout_s"),
+    ("MODELPOOL_FIRST_BYTE_TIMEOUT", "gateway.first_byte_timeout_s"),
+    ("MODELPOOL_BETWEEN_BYTES_TIMEOUT", "gateway.between_bytes_timeout_s"),
+    ("MODELPOOL_TOTAL_TIMEOUT", "gateway.total_timeout_s"),
     ("MANAGER_HOST", "manager.host"),
     ("MANAGER_PORT", "manager.port"),
     ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),

@@ -431,3 +431,30 @@ async def test_a_closed_pool_closes_what_is_idle_and_then_what_was_busy() -> Non
         await busy.ended()
         assert pool.idle == 0
         await closed.acquire()
+
+
+@on_uvloop
+async def test_where_several_are_busy_a_connection_is_opened_ahead() -> None:
+    connections, let_go = 0, asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await read_message(reader)
+        await let_go.wait()
+        writer.write(response(b""))
+        await gone(reader)
+
+    async with serving(handle) as endpoint:
+        pool = pool_of(endpoint)
+        exchanges = [await pool.send(GET, Recorder()) for _ in range(2)]
+        while not pool.idle:
+            await asyncio.sleep(0)
+        assert (connections, pool.busy, pool.idle) == (3, 2, 1)
+        exchanges.append(await pool.send(GET, Recorder()))
+        assert (connections, pool.busy, pool.idle) == (3, 3, 0)
+        let_go.set()
+        for each in exchanges:
+            await each.ended()
+        assert (pool.busy, pool.idle) == (0, 3)
+        pool.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import resource
 import signal
 import socket
@@ -22,7 +23,7 @@ from modelpool.gateway.listener import listening
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.home import Home
-from modelpool.relay import Endpoint, Pools
+from modelpool.relay import Deadlines, Endpoint, Pools
 from modelpool.settings import Settings, SettingsError, from_environment
 from modelpool.tcp import bind_tcp, url_of
 
@@ -61,7 +62,16 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
     control = controls.pool(Endpoint.unix(home.control_socket))
     table = Table(Instances(upstreams, token))
     feed = SnapshotFeed(table, control)
-    app = GatewayApp(access, table, feed, Inference(table), Control(control))
+    inference = Inference(
+        table,
+        Deadlines(
+            *(
+                each or math.inf
+                for each in (gateway.first_byte_timeout_s, gateway.between_bytes_timeout_s, gateway.total_timeout_s)
+            )
+        ),
+    )
+    app = GatewayApp(access, table, feed, inference, Control(control))
     limits = Limits(body_bytes=gateway.max_body_bytes)
     ending = ending_signal()
     async with asyncio.TaskGroup() as tasks:

@@ -194,6 +194,8 @@ class ClientConnection(asyncio.Protocol):
         if now - self._stalled_at > self._limits.flush_s:
             self.abort()  # it reads nothing of its answer, and holds its place in the engine
             return
+        if self._upstream is not None:
+            self._upstream.check(now)
         if not self._reading and self._task is not None and self._left_unread():
             self.abort()
             return

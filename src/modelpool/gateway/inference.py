@@ -6,7 +6,7 @@ import logging
 
 import msgspec
 
-from modelpool.errors import Draining, EngineError, InstanceNotFound, UpstreamFailed
+from modelpool.errors import Draining, EngineError, InstanceNotFound, UpstreamFailed, UpstreamTimeout
 from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.instances import Instance
@@ -14,7 +14,7 @@ from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Kind, Route
 from modelpool.gateway.table import Table
-from modelpool.relay import encode_request
+from modelpool.relay import Deadlines, encode_request
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,9 @@ class _Envelope(msgspec.Struct, frozen=True):
 class Inference:
     """Serves the inference routes by the routing table."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, deadlines: Deadlines = Deadlines()) -> None:
         self._table = table
+        self._deadlines = deadlines
 
     async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
         """Raises PoolError before the first byte of an answer."""
@@ -44,18 +45,22 @@ class Inference:
         tried: list[Instance] = []
         while True:
             instance, _ = self._table.model(alias).choose(tried)
-            with instance.lease():
+            with instance.lease() as lease:
                 try:
-                    await self._send(request, route, instance, client)
+                    lease.worked = await self._send(request, route, instance, client) < 500
                     return
                 except (EngineError, Draining) as error:
+                    lease.worked = False if isinstance(error, EngineError) else None
                     if client.answered or (isinstance(error, EngineError) and error.may_have_run):
                         raise
                     log.info("%s did not take a request (%s), trying another instance", instance.name, error)
             tried.append(instance)
 
-    async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> None:
-        """To this instance; once more on a new connection if the pooled one turns out to have been closed."""
+    async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> int:
+        """To this instance; once more on a new connection if the pooled one turns out to have been closed.
+
+        The answer's status.
+        """
         upstream = encode_request(
             request.method,
             b"%b%b%b" % (instance.prefix, route.path, request.query),
@@ -63,40 +68,44 @@ class Inference:
             fixed=instance.fixed,
             body=request.body,
         )
-        if await _attempt(instance, upstream, request, client, fresh=False):
-            return
+        if status := await self._attempt(instance, upstream, request, client, fresh=False):
+            return status
         try:
-            await _attempt(instance, upstream, request, client, fresh=True)
+            return await self._attempt(instance, upstream, request, client, fresh=True)
         except EngineError as error:
+            if isinstance(error, UpstreamTimeout) and error.may_have_run:
+                raise
             # A host that closed an idle connection takes new ones. Nobody there means that it died, perhaps of this
             # very request: sent on, it would be the death of one replica after the other.
             raise UpstreamFailed(f"The instance {instance.name} died before it answered.") from error
 
+    async def _attempt(
+        self, instance: Instance, upstream: bytes, request: Request, client: ClientConnection, *, fresh: bool
+    ) -> int:
+        """The answer's status; 0 if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
+        sink = PassThrough(request, client, hold=_MAY_SAY_SO)
+        exchange = await instance.pool.send(upstream, sink, fresh=fresh)
+        exchange.deadlines = self._deadlines
+        client.attach(exchange)
+        try:
+            await exchange.ended()
+        except EngineError as error:
+            if not error.may_have_run and not fresh:
+                return 0
+            sink.break_off(exchange, error)
+            return error.status
+        finally:
+            client.detach()
+        if (held := sink.held_body) is not None:
+            if _says_not_begun(held):
+                raise Draining(f"The instance {instance.name} takes no new requests.")
+            sink.release()
+        assert exchange.head is not None
+        return exchange.head.status
+
 
 def _model_of_form(request: Request) -> str:
     return model_of_form(request.by_name.get(b"content-type", b""), request.body)
-
-
-async def _attempt(
-    instance: Instance, upstream: bytes, request: Request, client: ClientConnection, *, fresh: bool
-) -> bool:
-    """False if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
-    sink = PassThrough(request, client, hold=_MAY_SAY_SO)
-    exchange = await instance.pool.send(upstream, sink, fresh=fresh)
-    client.attach(exchange)
-    try:
-        await exchange.ended()
-    except EngineError as error:
-        if not error.may_have_run and not fresh:
-            return False
-        sink.break_off(exchange, error)
-    finally:
-        client.detach()
-    if (held := sink.held_body) is not None:
-        if _says_not_begun(held):
-            raise Draining(f"The instance {instance.name} takes no new requests.")
-        sink.release()
-    return True
 
 
 def _says_not_begun(body: bytes) -> bool:

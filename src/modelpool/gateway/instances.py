@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from types import TracebackType
 
+from modelpool.core.breaker import CLOSED
 from modelpool.messages.routing import Route
 from modelpool.relay import Endpoint, Pool, Pools, fixed_headers
+
+log = logging.getLogger(__name__)
 
 
 class Instance:
     """One ACTIVE instance. A request holds a lease on it for as long as it may be using it."""
 
-    __slots__ = ("capacity", "fixed", "inflight", "name", "pool", "prefix", "route")
+    __slots__ = ("_suspects", "breaker", "capacity", "fixed", "inflight", "name", "pool", "prefix", "route")
 
-    def __init__(self, route: Route, pool: Pool, token: str) -> None:
+    def __init__(self, route: Route, pool: Pool, token: str, suspects: set[Instance]) -> None:
         self.route = route
         self.name = route.instance
         self.capacity = max(1, route.capacity)
@@ -21,26 +26,55 @@ class Instance:
         self.prefix = route.prefix.encode()
         self.fixed = fixed_headers(pool.endpoint, token)
         self.inflight = 0
+        self.breaker = CLOSED
+        self._suspects = suspects
 
     def lease(self) -> Lease:
         return Lease(self)
+
+    def judge(self, worked: bool | None) -> None:
+        """A request to it ended: it worked, or the instance failed, or that was not to be seen."""
+        if worked:
+            self.breaker = CLOSED
+            self._suspects.discard(self)
+        elif worked is None:
+            self.breaker = self.breaker.gave_up()
+        else:
+            self.breaker = breaker = self.breaker.failed(time.monotonic())
+            if not breaker.closed:
+                self._suspects.add(self)
+                log.warning("%s failed %s times, left alone for %g s", self.name, breaker.failures, breaker.pause_s)
 
 
 class Lease:
     """Counted from `with` to its end, whichever way that is left."""
 
-    __slots__ = ("_instance",)
+    __slots__ = ("_instance", "_trial", "worked")
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
+        self._trial = False
+        self.worked: bool | None = None
+        """What the request showed of the instance; None: nothing."""
 
-    def __enter__(self) -> None:
-        self._instance.inflight += 1
+    def __enter__(self) -> Lease:
+        instance = self._instance
+        instance.inflight += 1
+        if not instance.breaker.closed:
+            self._trial = not instance.breaker.trying
+            instance.breaker = instance.breaker.begun()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._instance.inflight -= 1
+        instance = self._instance
+        instance.inflight -= 1
+        if instance.breaker is CLOSED:
+            if self.worked is False:
+                instance.judge(False)
+        elif self._trial or self.worked or instance.breaker.closed:
+            instance.judge(self.worked)
 
 
 class Instances:
@@ -50,6 +84,8 @@ class Instances:
         self._pools = pools
         self._token = token
         self._by_route: dict[Route, Instance] = {}
+        self.suspects: set[Instance] = set()
+        """Those whose breaker is not closed. Mostly empty, which is all that a request needs to know."""
 
     @property
     def inflight(self) -> int:
@@ -60,7 +96,7 @@ class Instances:
         instance = self._by_route.get(route)
         if instance is None:
             pool = self._pools.pool(Endpoint(route.host, route.port))
-            instance = self._by_route[route] = Instance(route, pool, self._token)
+            instance = self._by_route[route] = Instance(route, pool, self._token, self.suspects)
         return instance
 
     def keep_only(self, routes: set[Route]) -> None:
@@ -69,5 +105,5 @@ class Instances:
         Requests that they still run go on; their leases end with them.
         """
         for route in self._by_route.keys() - routes:
-            del self._by_route[route]
+            self.suspects.discard(self._by_route.pop(route))
         self._pools.keep_only({Endpoint(route.host, route.port) for route in routes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 from modelpool.core.routing.choice import Reason, least_loaded
@@ -21,11 +22,12 @@ class Gap(Exception):
 class Model:
     """A registered model and its instances."""
 
-    __slots__ = ("_turn", "entry", "instances")
+    __slots__ = ("_suspects", "_turn", "entry", "instances")
 
-    def __init__(self, entry: ModelEntry, instances: tuple[Instance, ...]) -> None:
+    def __init__(self, entry: ModelEntry, instances: tuple[Instance, ...], suspects: Collection[Instance]) -> None:
         self.entry = entry
         self.instances = instances
+        self._suspects = suspects
         self._turn = -1
 
     def choose(self, tried: Collection[Instance] = ()) -> tuple[Instance, Reason]:
@@ -39,6 +41,10 @@ class Model:
                 raise ModelNotReady(
                     f"No instance of the model `{self.entry.alias}` takes requests right now.", retry_after=RETRY_S
                 )
+        if self._suspects and len(candidates) > 1:
+            # With all of them under suspicion, trying is better than refusing.
+            now = time.monotonic()
+            candidates = tuple(each for each in candidates if each.breaker.admits(now)) or candidates
         self._turn += 1
         return least_loaded(candidates, self._turn)
 
@@ -90,7 +96,7 @@ class Table:
         before = self._models.get(entry.alias)
         if before is not None and before.entry == entry:
             return before
-        return Model(entry, tuple(map(self._instances.of, entry.routes)))
+        return Model(entry, tuple(map(self._instances.of, entry.routes)), self._instances.suspects)
 
     def _must_be_known(self) -> None:
         if not self.known:

@@ -19,9 +19,10 @@ from modelpool.relay.endpoint import Endpoint
 from modelpool.relay.fetch import Response, fetch
 from modelpool.relay.request import encode_request, end_to_end, fixed_headers
 from modelpool.relay.response import ResponseHead
-from modelpool.relay.upstream import Exchange, Pool, Pools, Sink
+from modelpool.relay.upstream import Deadlines, Exchange, Pool, Pools, Sink
 
 __all__ = [
+    "Deadlines",
     "Endpoint",
     "Exchange",
     "Pool",

@@ -6,8 +6,9 @@ The parser only watches: it finds the response's head and its end. The bytes go 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Collection
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import httptools
 
@@ -20,6 +21,14 @@ IDLE_MAX = 1024
 """Idle connections kept per endpoint."""
 STALE_S = 1.0
 """A peer that closed an idle connection shows within a round trip of the next request that it never read it."""
+
+
+class Deadlines(NamedTuple):
+    """How long an answer may take, in seconds; infinity for as long as it likes. Looked at by `Exchange.check`."""
+
+    first_byte_s: float = math.inf
+    between_bytes_s: float = math.inf
+    total_s: float = math.inf
 
 
 class Sink(Protocol):
@@ -35,7 +44,21 @@ class Sink(Protocol):
 class Exchange:
     """One request and its response. It ends by itself when the response is complete or has failed, or by `close`."""
 
-    __slots__ = ("_connection", "_ended", "_paused", "head", "head_only", "reused", "sent_at", "sink", "takes_chunk")
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_moved_at",
+        "_paused",
+        "_seen",
+        "deadlines",
+        "head",
+        "head_only",
+        "reused",
+        "segments",
+        "sent_at",
+        "sink",
+        "takes_chunk",
+    )
 
     def __init__(
         self, connection: _Connection, sink: Sink, ended: asyncio.Future[None], *, head_only: bool, reused: bool
@@ -43,6 +66,11 @@ class Exchange:
         self._connection: _Connection | None = connection
         self._ended = ended
         self._paused = False
+        self._seen = 0
+        self._moved_at = 0.0
+        self.deadlines = _NO_DEADLINES
+        self.segments = 0
+        """How often something of the answer came."""
         self.sink = sink
         self.head: ResponseHead | None = None
         self.head_only = head_only
@@ -84,6 +112,21 @@ class Exchange:
             self._paused = False
             self._connection.resume()
 
+    def check(self, now: float) -> None:
+        """Fail with UpstreamTimeout if a deadline has passed. To be called every now and then, on the loop's clock."""
+        if self.segments != self._seen or self._paused:
+            self._seen, self._moved_at = self.segments, now
+        if self._connection is None:
+            return
+        first_byte_s, between_bytes_s, total_s = self.deadlines
+        if now - self.sent_at > total_s:
+            self._connection.give_up(f"The answer was not complete within {total_s:g} s.")
+        elif self.head is None:
+            if now - self.sent_at > first_byte_s:
+                self._connection.give_up(f"No answer began within {first_byte_s:g} s.")
+        elif now - self._moved_at > between_bytes_s:
+            self._connection.give_up(f"Nothing more of the answer came for {between_bytes_s:g} s.")
+
     def finish(self) -> None:
         """For the connection: the response is complete, the connection is no longer this exchange's."""
         if self._paused:
@@ -98,6 +141,9 @@ class Exchange:
         if not self._ended.done():
             self._ended.set_exception(error)
             self._ended.exception()  # nobody may be waiting; that is no error of its own
+
+
+_NO_DEADLINES = Deadlines()
 
 
 class _Connection(asyncio.Protocol):
@@ -153,6 +199,9 @@ class _Connection(asyncio.Protocol):
         self._exchange = None
         self.close()
 
+    def give_up(self, why: str) -> None:
+        self._fail(UpstreamTimeout(why))
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -171,6 +220,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._pool.count(1)
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
@@ -185,6 +235,7 @@ class _Connection(asyncio.Protocol):
         if self._excess:
             self._fail(UpstreamFailed("More than one answer came."))
             return
+        exchange.segments += 1
         if exchange.head is not None:
             exchange.sink.data(data)
         elif not self._take_head(exchange, data):
@@ -197,6 +248,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
+        self._pool.count(-1)
         self._ended(exc)
         self._transport = None
 
@@ -288,11 +340,17 @@ class Pool:
         self.endpoint = endpoint
         self._connect_timeout_s = connect_timeout_s
         self._idle: dict[_Connection, None] = {}
+        self._open = 0
+        self._opening: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
     def idle(self) -> int:
         return len(self._idle)
+
+    @property
+    def busy(self) -> int:
+        return self._open - len(self._idle)
 
     async def send(self, request: bytes, sink: Sink, *, head_only: bool = False, fresh: bool = False) -> Exchange:
         """Send a request on an idle connection, else (or if `fresh`) on a new one; its response goes to `sink`.
@@ -307,11 +365,15 @@ class Pool:
         connection = await self._connect()
         if not connection.usable:
             raise UpstreamFailed("The connection was closed as soon as it was taken.", may_have_run=False)
+        if not fresh:
+            self._open_ahead()
         return connection.begin(request, sink, head_only=head_only)
 
     def close(self) -> None:
         """Close what is idle now; what is busy is closed when its response has ended."""
         self._closed = True
+        if self._opening is not None:
+            self._opening.cancel()
         while self._idle:
             self._idle.popitem()[0].close()
 
@@ -325,6 +387,23 @@ class Pool:
     def forget(self, connection: _Connection) -> None:
         """For a connection: its peer is gone."""
         self._idle.pop(connection, None)
+
+    def count(self, opened: int) -> None:
+        """For a connection: it was opened (1) or is closed (-1)."""
+        self._open += opened
+
+    def _open_ahead(self) -> None:
+        """Where several are busy at once, and none was idle, the next request would wait for a connection too."""
+        if self.busy > 1 and self._opening is None and not self._closed:
+            self._opening = asyncio.get_running_loop().create_task(self._open_one())
+
+    async def _open_one(self) -> None:
+        try:
+            self.give_back(await self._connect())
+        except EngineError:
+            pass  # the request that needs a connection will say so
+        finally:
+            self._opening = None
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,130 @@
+"""Instances that fail slowly or again and again: deadlines and breakers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from modelpool.core.breaker import FAILURES_MAX
+from modelpool.gateway.connection import Limits
+from modelpool.relay import Deadlines
+from tests.gateway_world import chat, entry, gateway
+from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
+
+QUICK = Limits(body_bytes=1 << 20, check_s=0.02)
+EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Engine:
+    """Answers well, unless it is told to do something else."""
+
+    def __init__(self) -> None:
+        self.answer = response(b'{"ok": true}')
+        self.asked = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_message(reader)
+            self.asked += 1
+            if not self.answer:
+                return  # the connection breaks, after the request was read
+            writer.write(self.answer)
+
+
+@on_uvloop
+async def test_an_instance_that_does_not_answer_is_given_up_and_aborts() -> None:
+    left = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        await gone(reader)
+        left.set()
+
+    deadlines = Deadlines(first_byte_s=0.2)
+    async with serving(handle) as endpoint, gateway(entry("m", [endpoint]), limits=QUICK, deadlines=deadlines) as world:
+        answer = await world.ask(chat())
+        assert (answer.status, answer.code) == (504, "upstream_timeout")
+        assert "0.2 s" in answer.message
+        await left.wait()
+        await world.until_idle()
+
+
+@pytest.mark.parametrize("deadlines", [Deadlines(between_bytes_s=0.2), Deadlines(total_s=0.3)])
+@on_uvloop
+async def test_a_stream_that_stands_still_or_takes_too_long_ends_with_an_error_event(deadlines: Deadlines) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(EVENT_STREAM)
+        for number in range(5):
+            writer.write(chunk(b"data: %d\n\n" % number))
+            await asyncio.sleep(0.1)
+        if deadlines.total_s == 0.3:
+            for _ in range(100):
+                writer.write(chunk(b"data: more\n\n"))
+                await asyncio.sleep(0.05)
+        await gone(reader)
+
+    async with serving(handle) as endpoint, gateway(entry("m", [endpoint]), limits=QUICK, deadlines=deadlines) as world:
+        events = (await world.ask(chat(stream=True))).body.split(b"\n\n")
+        assert events[0] == b"data: 0"
+        last = next(each for each in reversed(events) if each)
+        assert msgspec.json.decode(last[6:])["error"]["code"] == "upstream_timeout"
+        await world.until_idle()
+
+
+@on_uvloop
+async def test_a_client_that_reads_slowly_is_no_stalled_engine() -> None:
+    size = 8 << 20
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(response(b"x" * size))
+        await writer.drain()
+
+    deadlines = Deadlines(between_bytes_s=0.1)
+    async with serving(handle) as endpoint, gateway(entry("m", [endpoint]), limits=QUICK, deadlines=deadlines) as world:
+        client = await world.connect()
+        client.send(chat())
+        await client.reader.read(1)
+        await asyncio.sleep(0.5)
+        assert len(await client.reader.readuntil(b"\r\n\r\n")) > 10
+        assert len(await client.reader.readexactly(size)) == size
+
+
+@on_uvloop
+async def test_an_instance_that_keeps_failing_is_left_alone_and_comes_back() -> None:
+    good, bad = Engine(), Engine()
+    bad.answer = b""
+    async with serving(good) as first, serving(bad) as second, gateway(entry("m", [first, second])) as world:
+        statuses = [(await world.ask(chat())).status for _ in range(60)]
+        assert statuses.count(502) == FAILURES_MAX
+        assert bad.asked == FAILURES_MAX
+        bad.answer = good.answer
+        before, deadline = bad.asked, asyncio.get_running_loop().time() + 5
+        while bad.asked < before + 3:
+            assert (await world.ask(chat())).status == 200
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.01)
+
+
+@on_uvloop
+async def test_what_clients_do_wrong_opens_no_breaker() -> None:
+    good, other = Engine(), Engine()
+    other.answer = response(b"{}", status="400 Bad Request")
+    async with serving(good) as first, serving(other) as second, gateway(entry("m", [first, second])) as world:
+        for _ in range(40):
+            await world.ask(chat())
+        assert (good.asked, other.asked) == (20, 20)
+
+
+@on_uvloop
+async def test_a_model_with_one_instance_is_tried_however_often_it_failed() -> None:
+    engine = Engine()
+    engine.answer = b""
+    async with serving(engine) as endpoint, gateway(entry("m", [endpoint])) as world:
+        for _ in range(20):
+            assert (await world.ask(chat())).status == 502
+        engine.answer = response(b"{}")
+        assert (await world.ask(chat())).status == 200
