@@ -124,6 +124,11 @@ def test_without_a_worker_or_room_no_worker_is_available() -> None:
     assert "no worker can take it: w: needs 8.0 GB" in message
 
 
+def test_a_manager_that_has_just_started_says_whom_it_awaits() -> None:
+    said = view(known(alive=False, awaited=frozenset({"w2", "w1"}), recover_until=200.0)).reason
+    assert said == "no worker is there: the manager has just started, and awaits w1, w2"
+
+
 def test_a_model_is_as_awake_as_the_best_of_its_instances() -> None:
     def state(*instances: Instance) -> S:
         view = known(*instances)

@@ -160,6 +160,8 @@ class Terminal:
 
     def progress(self, models: tuple[ModelView, ...]) -> None:
         if self._live is not None:
+            if not models:
+                return
             if not self._begun:
                 self._live.start()
                 self._begun = True
@@ -182,7 +184,7 @@ class Terminal:
     def ending(self) -> None:
         self.close()
         text = "Ending: requests in flight have a few seconds. Ctrl-C again ends everything at once."
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 class JsonLines:

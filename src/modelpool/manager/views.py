@@ -98,6 +98,8 @@ def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavail
 
 
 def _workers_missing(pool: Pool) -> str:
+    if pool.recovering:
+        return f"the manager has just started, and awaits {', '.join(sorted(pool.awaited))}"
     if not pool.workers:
         return "none is registered"
     return "; ".join(f"{worker.worker_id}: {worker.reason}" for worker in pool.workers.values())

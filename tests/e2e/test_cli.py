@@ -1,0 +1,210 @@
+"""The command line against a running pool of fake engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modelpool.home import Home
+from tests.e2e.conftest import FAKE_ONLY
+from tests.e2e.pool import PoolProcess, end, eventually, start_up, wait_ready
+
+CLI = [sys.executable, "-m", "modelpool.cli"]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPOOL_", "SERVE_"))}
+    return {**kept, "MODELPOOL_HOME": str(home), "TERM": "dumb", "COLUMNS": "80", **more}
+
+
+def run(pool: PoolProcess, *arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CLI, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment(pool.home, **more),
+    )
+
+
+def test_waiting_lasts_until_all_replicas_are_ready(fake_pool: PoolProcess) -> None:
+    done = run(fake_pool, "register", "pair", "--fake", "--min-replicas", "2", "--set", "fake_load_ms=300", "--wait")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^pair +ACTIVE +fake +2/2 ", done.stdout, re.MULTILINE)
+    told = [line for line in done.stdout.splitlines() if line.startswith("pair: ")]
+    assert len(told) == len(set(told))
+    fake_pool.remove("pair")
+
+
+def test_waiting_ends_at_once_for_what_no_worker_could_ever_take(fake_pool: PoolProcess) -> None:
+    begin = time.monotonic()
+    done = run(fake_pool, "register", "huge", "--fake", "--gpu-memory-gb", "900000", "--wait")
+    assert done.returncode == 1
+    assert time.monotonic() - begin < 10
+    assert "error: huge is not ready: no worker can take it: w1: needs 900000.0 GB" in done.stderr
+    fake_pool.remove("huge")
+
+
+def test_waiting_ends_when_its_time_is_over(fake_pool: PoolProcess) -> None:
+    arguments = ["register", "late", "--fake", "--set", "fake_load_ms=30000", "--wait", "--timeout", "0.5"]
+    done = run(fake_pool, *arguments)
+    assert done.returncode == 1
+    assert "late is not ready: it is starting on w1" in done.stderr
+    assert json.loads(run(fake_pool, *arguments, "--json").stdout)["state"] == "STARTING"
+    fake_pool.remove("late")
+
+
+def test_a_failed_start_ends_waiting_with_its_reason(fake_pool: PoolProcess) -> None:
+    done = run(fake_pool, "register", "bad", "--fake", "--set", "fake_load_error=Too heavy.", "--wait")
+    assert done.returncode == 1
+    assert "Too heavy; it will be tried again.\n" in done.stderr
+    assert "removes it" in done.stderr
+    fake_pool.remove("bad")
+
+
+def test_every_row_is_a_line_and_replicas_are_in_order(fake_pool: PoolProcess) -> None:
+    fake_pool.register("many", fake=True, min_replicas=11, fake_load_error="no " * 60)
+    eventually(
+        lambda: all(each["failures"] for each in fake_pool.model("many")["instances"]), 30, lambda: "eleven failures"
+    )
+    shown = run(fake_pool, "status").stdout
+    rows = [line.split()[0] for line in shown.splitlines() if line.startswith("many")]
+    assert rows == ["many", "many", *(f"many-r{number}" for number in range(2, 12))]
+    assert f"`kill {fake_pool.process.pid}` ends this pool" in shown
+    fake_pool.remove("many")
+
+
+def test_what_is_piped_into_chat_is_one_prompt(fake_pool: PoolProcess) -> None:
+    fake_pool.register("parrot", fake=True)
+    fake_pool.wait_active("parrot")
+    done = run(fake_pool, "chat", "parrot", stdin="two\nlines\n", MODELPOOL_URL=f"{fake_pool.url[7:]}/v1/")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "You said: two\nlines\n", "")
+    assert run(fake_pool, "chat", "parrot").returncode == 1
+    missing = run(fake_pool, "chat", "nobody", stdin="hi")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr.startswith("error: The model `nobody` is not registered.")
+
+
+def test_a_conversation_in_a_terminal_goes_on_after_an_error(fake_pool: PoolProcess) -> None:
+    fake_pool.register("talker", fake=True)
+    fake_pool.wait_active("talker")
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*CLI, "chat", "talker"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(fake_pool.home)
+    ) as chat:
+        os.close(theirs)
+        try:
+            until(ours, "> ")
+            os.write(ours, b"one\n")
+            until(ours, "You said: one")
+            fake_pool.remove("talker")
+            os.write(ours, b"two\n")
+            until(ours, "is not registered")
+            fake_pool.register("talker", fake=True)
+            fake_pool.wait_active("talker")
+            os.write(ours, b"\x1b[A\x1b[A\n")  # two up: the question before the last
+            until(ours, "You said: one")
+            os.write(ours, b"/bye\n")
+            assert chat.wait(10) == 0
+        finally:
+            chat.kill()
+            os.close(ours)
+
+
+def until(terminal: int, text: str) -> None:
+    """Read from a terminal until it has shown this."""
+    shown = ""
+    while text not in shown:
+        shown += os.read(terminal, 4096).decode(errors="replace")
+
+
+def test_a_command_waits_for_a_manager_that_is_started_again(own_pool: PoolProcess) -> None:
+    own_pool.register("m", fake=True)
+    own_pool.one("modelpool: manager").send_signal(signal.SIGKILL)
+    done = run(own_pool, "ls")
+    assert done.returncode == 0, done.stderr
+    assert "\nm  " in done.stdout
+
+
+def test_a_worker_that_was_stopped_is_not_listed(own_pool: PoolProcess) -> None:
+    more = {"MODELPOOL_ENGINES": "fake", "MANAGER_URL": own_pool.url}
+    with subprocess.Popen(
+        [*CLI, "worker", "--worker-id", "w2", "--port", "0"],
+        env=environment(own_pool.home, **more),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        try:
+            eventually(lambda: len(own_pool.status()["workers"]) == 2, 20, lambda: "a second worker")
+            taken = run(own_pool, "worker", "--worker-id", "w2", "--port", "0", **more)
+            worker.send_signal(signal.SIGTERM)
+            _, log = worker.communicate(timeout=20)
+        finally:
+            worker.kill()
+    assert [each["worker_id"] for each in own_pool.status()["workers"]] == ["w1"]
+    assert "unregistered at" in log
+    assert taken.returncode == 1
+    assert f"error: worker-w2 is already running (process {worker.pid}) in the home {own_pool.home}.\n" in taken.stderr
+    assert "--worker-id" in taken.stderr
+
+
+def test_what_a_home_holds_is_its_owners_only(own_pool: PoolProcess) -> None:
+    own_pool.register("m", fake=True)
+    own_pool.wait_active("m")
+    files = [path for path in own_pool.home.rglob("*") if path.is_file()]
+    assert {"modelpool.db", "pool.json", "forkserver-w1-fake.log"} <= {path.name for path in files}
+    assert [path for path in files if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
+
+
+def test_up_says_that_it_ends_and_what_it_prints_can_be_typed(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    Home(home)
+    process = start_up(home, "--no-demo", run_id=f"test-{os.getpid()}-ends", **FAKE_ONLY)
+    try:
+        ready = wait_ready(process)
+        second = subprocess.run(
+            [*CLI, "up", "--no-demo"], capture_output=True, text=True, check=False, timeout=30, env=environment(home)
+        )
+        assert f"`kill {process.pid}` ends it" in second.stderr
+        status = re.search(r"`(.*) status` shows the pool", second.stderr)
+        assert status is not None
+        shown = subprocess.run(
+            f"{status[1]} status", shell=True, capture_output=True, text=True, check=True, env=environment(home)
+        )
+        assert ready["run_id"] in shown.stdout
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=30)
+        assert {"event": "ending"} in [json.loads(line) for line in said.splitlines()]
+    finally:
+        end(process)
+
+
+@pytest.mark.parametrize("command", ["up", "worker", "ls"])
+def test_a_home_of_no_use_is_an_error_without_a_trace(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "home"
+    done = subprocess.run(
+        [*CLI, command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env=environment(home, MODELPOOL_URL="http://127.0.0.1:1"),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    if command != "ls":  # which needs no home
+        assert f"error: The home {home} cannot be used: Not a directory" in done.stderr
+        assert "MODELPOOL_HOME" in done.stderr
