@@ -12,6 +12,7 @@ from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
+    WORKER_BACK_S,
     Device,
     Event,
     Model,
@@ -215,6 +216,16 @@ def test_a_worker_that_ends_loses_its_instances_but_no_model() -> None:
     assert (effects, dict(pool.instances), list(pool.models)) == ([], {}, ["m"])
     _, effects = play((3, heard("w", incarnation="2")), pool=pool)
     assert started(effects) == [("w", "m")]
+
+
+def test_a_worker_that_ended_may_be_back_for_a_while() -> None:
+    pool, _ = play((0, ModelRegistered(model())), (0, heard()), (5, WorkerGone("w", "1", "its process has ended")))
+    assert pool.workers["w"].back_until == next_deadline(pool) == 5 + WORKER_BACK_S
+    back, _ = play((6, heard(incarnation="2")), pool=pool)
+    assert back.workers["w"].back_until is None
+    pool, _ = play((5 + WORKER_BACK_S, Tick()), pool=pool)
+    assert (pool.workers["w"].back_until, next_deadline(pool)) == (None, None)
+    assert not pool.workers["w"].alive
 
 
 def test_a_worker_that_said_goodbye_is_forgotten() -> None:

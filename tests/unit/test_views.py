@@ -16,6 +16,7 @@ MODEL = Model(alias="m", key="k", engine="fake", created=7)
 def known(
     *instances: Instance,
     alive: bool = True,
+    back_until: float | None = None,
     url: str = "http://w:7000",
     direct: bool = True,
     model: Model = MODEL,
@@ -32,7 +33,8 @@ def known(
         )
         for each in instances
     }
-    worker = Worker(worker_id="w", incarnation="1", alive=alive, reason="" if alive else "its process has ended")
+    why = "" if alive else "its process has ended"
+    worker = Worker(worker_id="w", incarnation="1", alive=alive, reason=why, back_until=back_until)
     return Known(
         pool=Pool(
             models={"m": model},
@@ -127,6 +129,43 @@ def test_without_a_worker_or_room_no_worker_is_available() -> None:
 def test_a_manager_that_has_just_started_says_whom_it_awaits() -> None:
     said = view(known(alive=False, awaited=frozenset({"w2", "w1"}), recover_until=200.0)).reason
     assert said == "no worker is there: the manager has just started, and awaits w1, w2"
+
+
+def on_its_way(known_: Known) -> bool:
+    what = seen(known_).unavailable
+    assert what is not None
+    return what.on_its_way
+
+
+def test_a_model_is_on_its_way_while_it_starts_or_is_about_to() -> None:
+    assert on_its_way(known())
+    assert on_its_way(known(instance(state=S.STARTING)))
+    assert on_its_way(known(instance(state=S.STARTING, failures=3, reason="x")))
+    assert on_its_way(known(instance(state=S.FAILED, failures=5, retry_at=160.0), instance("m-r2", S.STARTING)))
+
+
+def test_a_model_that_its_former_instance_makes_wait_is_on_its_way() -> None:
+    former = instance(stopping=True)
+    assert on_its_way(known(former, shortages={"m": "waits for its former instance to end"}))
+
+
+def test_an_engine_that_died_once_is_on_its_way_and_one_that_does_so_again_and_again_is_not() -> None:
+    assert on_its_way(known(instance(state=S.FAILED, failures=1, reason="signal 9", retry_at=101.0)))
+    assert not on_its_way(known(instance(state=S.FAILED, failures=2, reason="signal 9", retry_at=101.0)))
+    assert not on_its_way(known(instance(state=S.FAILED, failures=1, reason="signal 9", retry_at=110.0)))
+
+
+def test_what_cannot_start_is_not_on_its_way() -> None:
+    for state, retry_at in ((S.FAILED, 101.0), (S.STARTING, None)):
+        broken = instance(state=state, retry_at=retry_at, failures=1, permanent=True, reason="no such file")
+        assert not on_its_way(known(broken))
+    assert not on_its_way(known(shortages={"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"}))
+
+
+def test_a_worker_that_died_a_moment_ago_may_be_back_and_one_that_is_silent_may_not() -> None:
+    assert on_its_way(known(alive=False, back_until=101.0))
+    assert not on_its_way(known(alive=False))
+    assert not on_its_way(known(instance(state=S.STARTING), alive=False))
 
 
 def test_a_model_is_as_awake_as_the_best_of_its_instances() -> None:

@@ -16,6 +16,8 @@ from modelpool.core.lifecycle import InstanceState
 
 UNWANTED_GRACE_S = 30.0
 """How long an instance of a model that nobody registered is left alone."""
+WORKER_BACK_S = 30.0
+"""A worker whose process has ended is started again by what keeps it, and imports its engines: within this."""
 
 Key = tuple[str, str]
 """(worker_id, instance)"""
@@ -51,7 +53,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """`engines`: engine kind → why it cannot be started there, "" when it can."""
+    """`engines`: engine kind → why it cannot be started there, "" when it can.
+
+    `back_until`: its process has ended, and until then it may well be back.
+    """
 
     worker_id: str
     incarnation: str
@@ -60,6 +65,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool = True
     reason: str = ""
     last_seen: float = 0.0
+    back_until: float | None = None
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,7 +212,7 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
         case WorkerReported():
             return _reported(pool, event, now)
         case WorkerGone():
-            return _gone(pool, event)
+            return _gone(pool, event, now)
         case WorkerLeft(worker_id, incarnation):
             worker = pool.workers.get(worker_id)
             if worker is None or worker.incarnation != incarnation:
@@ -331,11 +337,11 @@ def backoff(policy: Policy, failures: int) -> float:
     return min(policy.backoff_max_s, policy.backoff_initial_s * 2.0 ** min(30, max(0, failures - 1)))
 
 
-def _gone(pool: Pool, event: WorkerGone) -> Pool:
+def _gone(pool: Pool, event: WorkerGone, now: float) -> Pool:
     worker = pool.workers.get(event.worker_id)
     if worker is None or worker.incarnation != event.incarnation:
         return pool
-    lost = replace(worker, alive=False, reason=event.reason)
+    lost = replace(worker, alive=False, reason=event.reason, back_until=now + WORKER_BACK_S)
     return replace(_without_instances(pool, event.worker_id), workers={**pool.workers, event.worker_id: lost})
 
 
@@ -356,10 +362,15 @@ def _time_passed(pool: Pool, now: float) -> Pool:
         for worker in pool.workers.values()
         if worker.alive and now - worker.last_seen >= pool.policy.heartbeat_timeout_s
     }
+    given_up = {
+        worker.worker_id: replace(worker, back_until=None)
+        for worker in pool.workers.values()
+        if worker.back_until is not None and now >= worker.back_until
+    }
     awaited = pool.awaited if now < pool.recover_until else frozenset()
-    if not lost and awaited == pool.awaited:
+    if not lost and not given_up and awaited == pool.awaited:
         return pool
-    return replace(pool, workers={**pool.workers, **lost}, awaited=awaited)
+    return replace(pool, workers={**pool.workers, **lost, **given_up}, awaited=awaited)
 
 
 def key_of(instance: Instance) -> Key:

@@ -248,6 +248,7 @@ def next_deadline(pool: Pool) -> float | None:
     """When `Tick` is due although nothing else happens; None when time alone changes nothing."""
     times: list[float] = [pool.recover_until] if pool.recovering else []
     times += [worker.last_seen + pool.policy.heartbeat_timeout_s for worker in pool.workers.values() if worker.alive]
+    times += [worker.back_until for worker in pool.workers.values() if worker.back_until is not None]
     for instance in pool.instances.values():
         if not _alive(pool, instance):
             continue

@@ -18,6 +18,7 @@ from modelpool.messages.workers import Device, EngineStatus, InstanceReport, Wor
 DEFAULT_START_S = 10.0
 """How long a start is taken to need before one of that model was measured."""
 NO_WORKER_RETRY_S = 5.0
+RETRIED_AT_ONCE_S = 2.0
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,8 +94,32 @@ def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavail
     message = f"The model `{alias}` is not ready: {reason(known, alias, instances)}."
     nowhere = not instances and known.pool.shortages.get(alias)
     if nowhere or not any(worker.alive for worker in known.pool.workers.values()):
-        return Unavailable(code="no_available_worker", message=message, retry_after=NO_WORKER_RETRY_S)
-    return Unavailable(code="model_not_ready", message=message, retry_after=_start_wait(known, alias, instances))
+        code, wait = "no_available_worker", NO_WORKER_RETRY_S
+    else:
+        code, wait = "model_not_ready", _start_wait(known, alias, instances)
+    return Unavailable(code=code, message=message, retry_after=wait, on_its_way=_on_its_way(known, alias, instances))
+
+
+def _on_its_way(known: Known, alias: str, instances: list[Instance]) -> bool:
+    """It starts, or will within moments. Not where it failed to start, and where nothing has room for it.
+
+    A first failure counts as on its way, since it is tried again at once: mostly an engine that died while it served.
+    """
+    workers = known.pool.workers.values()
+    alive = {worker.worker_id for worker in workers if worker.alive}
+    if here := [each for each in instances if each.worker_id in alive]:
+        return any(each.stopping or _is_coming(each, known.now) for each in here)
+    if any(worker.back_until is not None for worker in workers):
+        return True
+    return bool(alive) and not known.pool.shortages.get(alias)
+
+
+def _is_coming(instance: Instance, now: float) -> bool:
+    if instance.failures and instance.permanent:
+        return False
+    if instance.retry_at is not None:
+        return instance.failures == 1 and instance.retry_at - now < RETRIED_AT_ONCE_S
+    return instance.state in (InstanceState.STARTING, InstanceState.WAKING)
 
 
 def _workers_missing(pool: Pool) -> str:

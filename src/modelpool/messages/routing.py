@@ -24,11 +24,15 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Unavailable(msgspec.Struct, frozen=True, kw_only=True):
-    """What to answer while a model has no route: status 503, this code and message. `retry_after` in seconds."""
+    """What to answer while a model has no route: status 503, this code and message. `retry_after` in seconds.
+
+    `on_its_way`: it is expected without anybody doing anything, so that a request may wait for it instead.
+    """
 
     code: str
     message: str
     retry_after: float
+    on_its_way: bool = False
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
