@@ -6,6 +6,7 @@ An unknown key in the file, a value of the wrong type or out of range raises Set
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -39,6 +40,17 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     between_bytes_timeout_s: SecondsOrNone = 120.0
     """How long an answer that has begun may stand still."""
     total_timeout_s: SecondsOrNone = 0.0
+
+    @property
+    def urls_elsewhere(self) -> tuple[str, ...]:
+        """Where workers on other machines reach it; nowhere, when its address means this machine, or all of them."""
+        try:
+            address = ipaddress.ip_address(self.host)
+            own = address.is_loopback or address.is_unspecified
+        except ValueError:
+            own = self.host in ("", "localhost")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return () if own or not self.port else (f"http://{host}:{self.port}",)
 
 
 class ManagerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpool.settings import ENVIRONMENT, Settings, SettingsError, load, to_environ
+from modelpool.settings import ENVIRONMENT, GatewaySettings, Settings, SettingsError, load, pool_url, to_environ
 
 
 def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
@@ -53,3 +53,35 @@ def test_a_bad_file_is_named_with_the_path_of_the_value(tmp_path: Path, text: st
 def test_every_variable_reaches_a_setting() -> None:
     given = {name: "1" for name, _ in ENVIRONMENT} | {"MODELPOOL_MAX_BODY_BYTES": "4096"}
     assert set(to_environ(load(given))) == set(given)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "urls"),
+    [
+        ("10.0.0.7", 8000, ("http://10.0.0.7:8000",)),
+        ("pool", 80, ("http://pool:80",)),
+        ("fd00::7", 8000, ("http://[fd00::7]:8000",)),
+        ("0.0.0.0", 8000, ()),
+        ("::", 8000, ()),
+        ("127.0.0.1", 8000, ()),
+        ("localhost", 8000, ()),
+        ("10.0.0.7", 0, ()),
+    ],
+)
+def test_a_worker_elsewhere_is_told_only_of_gateways_that_it_can_reach(
+    host: str, port: int, urls: tuple[str, ...]
+) -> None:
+    assert GatewaySettings(host=host, port=port).urls_elsewhere == urls
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("pool:8000", "http://pool:8000"),
+        ("http://pool:8000/", "http://pool:8000"),
+        ("https://pool/v1/", "https://pool"),
+        ("unix:/run/control.sock", "unix:/run/control.sock"),
+    ],
+)
+def test_a_pools_address_may_be_written_as_people_write_it(text: str, url: str) -> None:
+    assert pool_url(text) == url

@@ -63,7 +63,7 @@ async def serve(settings: Settings, home: Home) -> None:
                 token=token,
                 run_id=settings.run_id,
                 recovery_s=settings.manager.recovery_s,
-                gateways=(f"http://{settings.gateway.host}:{settings.gateway.port}",),
+                gateways=settings.gateway.urls_elsewhere,
             )
         )
         app = control_app(manager)

@@ -59,7 +59,7 @@ class Registration:
         self._interval_s = interval_s
         self._url = manager_url
         self._gateways: tuple[str, ...] = ()
-        self._trouble = ""
+        self._told: set[str] = set()
         self._registered = False
 
     async def run(self) -> None:
@@ -100,9 +100,9 @@ class Registration:
         return text if self._url.startswith("unix:") else f"{text}; {_AWAY_HINT}"
 
     def _note(self, trouble: str) -> None:
-        """Log what is wrong, once for as long as it stays the same."""
-        if trouble != self._trouble:
-            self._trouble = trouble
+        """Log what is wrong, each thing once until it is registered again."""
+        if trouble not in self._told:
+            self._told.add(trouble)
             log.warning("not registered: %s; trying on", trouble)
 
     def _next_url(self) -> str:
@@ -122,7 +122,7 @@ class Registration:
             raise Refused(f"what answers there takes no workers (status 404); {_AWAY_HINT}") from None
         self._registered = True
         log.info("registered at %s as %s (%s)", self._url, self._info.worker_id, self._info.url)
-        self._trouble = ""
+        self._told.clear()
 
     async def _keep_reporting(self, http: httpx.AsyncClient) -> None:
         """Returns never. Raises NotRegistered, Refused, and what httpx raises when the manager is away."""
