@@ -30,6 +30,8 @@ class SettingsError(Exception):
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Port = 8000
+    processes: Annotated[int, Meta(ge=1, le=64)] = 1
+    """They share the port, the limits, and what they know of the instances' load."""
     api_key: str = ""
     """Clients must send it once it is set. Needed for any address but loopback."""
     insecure_no_auth: bool = False
@@ -125,6 +127,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("SERVE_HOST", "gateway.host"),
     ("ROUTER_PORT", "gateway.port"),
     ("SERVE_PORT", "gateway.port"),
+    ("MODELPOOL_GATEWAY_PROCESSES", "gateway.processes"),
     ("MODELPOOL_API_KEY", "gateway.api_key"),
     ("MODELPOOL_INSECURE_NO_AUTH", "gateway.insecure_no_auth"),
     ("MODELPOOL_MAX_BODY_BYTES", "gateway.max_body_bytes"),

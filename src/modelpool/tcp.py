@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+from collections.abc import Mapping
 
 from modelpool.process import StartupError
 
+BACKLOG = 4096
+LISTEN_FD = "MODELPOOL_LISTEN_FD"
 
-def bind_tcp(host: str, port: int, *, flag: str, variable: str) -> socket.socket:
+
+def listen_shared(host: str, port: int, count: int, *, flag: str, variable: str) -> list[socket.socket]:
+    """So many listening sockets at one address, over which the kernel spreads connections. Raises as `bind_tcp`.
+
+    Bound to itself alone first: sharing a port with a stranger of the same user would not be refused.
+    """
+    socks = [bind_tcp(host, port, flag=flag, variable=variable)]
+    if count > 1:
+        port = socks[0].getsockname()[1]
+        socks[0].close()
+        socks = [bind_tcp(host, port, flag=flag, variable=variable, shared=True) for _ in range(count)]
+    for sock in socks:
+        sock.listen(BACKLOG)
+    return socks
+
+
+def inherited(environ: Mapping[str, str] = os.environ) -> socket.socket | None:
+    """The socket that the parent of this process opened for it, if it did."""
+    fd = environ.get(LISTEN_FD)
+    return socket.socket(fileno=int(fd)) if fd else None
+
+
+def bind_tcp(host: str, port: int, *, flag: str, variable: str, shared: bool = False) -> socket.socket:
     """A bound, not yet listening TCP socket. Raises StartupError that names the flag and variable to change.
 
     `flag` and `variable` are the port's; the address has the same names with `host`.
@@ -16,6 +42,8 @@ def bind_tcp(host: str, port: int, *, flag: str, variable: str) -> socket.socket
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
     except OSError as error:

@@ -53,6 +53,7 @@ def up_command(
     host: Annotated[str | None, typer.Option(help="The gateway's address.")] = None,
     port: Annotated[int | None, typer.Option(help="The gateway's port; 0 for any free one.")] = None,
     worker_host: Annotated[str | None, typer.Option(help="The worker's address.")] = None,
+    gateway_processes: Annotated[int | None, typer.Option(help="Gateway processes that share the port.")] = None,
     worker_port: Annotated[int | None, typer.Option(help="The worker's port; 0 for any free one.")] = None,
     manager_host: Annotated[
         str | None, typer.Option(help="Let the manager listen on TCP too, at this address.")
@@ -72,6 +73,7 @@ def up_command(
         {
             "gateway.host": host,
             "gateway.port": port,
+            "gateway.processes": gateway_processes,
             "gateway.api_key": api_key,
             "gateway.insecure_no_auth": insecure_no_auth or None,
             "manager.host": manager_host,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ import psutil
 from modelpool.home import Home
 from modelpool.process import READY_FD, RUN_ID, Announcement, NotStarted, Ready, StartupError
 from modelpool.settings import Settings, to_environ
+from modelpool.tcp import LISTEN_FD, listen_shared
 
 READY_DEADLINE_S = 60.0
 END_DEADLINE_S = 15.0
@@ -36,13 +38,24 @@ class Child:
     """One part of the pool as a process: `python -m modelpool.<part>`."""
 
     def __init__(
-        self, part: str, environ: Mapping[str, str], log_path: Path, notice: Notice, *, port_variable: str = ""
+        self,
+        part: str,
+        environ: Mapping[str, str],
+        log_path: Path,
+        notice: Notice,
+        *,
+        port_variable: str = "",
+        listen: socket.socket | None = None,
     ) -> None:
         self.part = part
         self.log_path = log_path
         self.url = ""
         self._port_variable = port_variable
         self._environ = dict(environ)
+        self._inherits: tuple[int, ...] = ()
+        if listen is not None:
+            self._inherits = (listen.fileno(),)
+            self._environ[LISTEN_FD] = str(listen.fileno())
         self._notice = notice
         self._process: asyncio.subprocess.Process | None = None
 
@@ -62,7 +75,7 @@ class Child:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=(writer,),
+                    pass_fds=(writer, *self._inherits),
                     start_new_session=True,
                     env={**self._environ, READY_FD: str(writer)},
                 )
@@ -116,7 +129,10 @@ class Child:
 
 
 class EmbeddedPool:
-    """The children of one `modelpool up`."""
+    """The children of one `modelpool up`.
+
+    It holds the gateways' sockets itself: while one of them is started again, who connects waits and is not refused.
+    """
 
     def __init__(self, settings: Settings, home: Home, notice: Notice) -> None:
         self.run_id = settings.run_id
@@ -130,15 +146,33 @@ class EmbeddedPool:
             "MANAGER_URL": control_url,
         }
         self.manager = Child("manager", environ, home.logs / "manager.log", notice)
-        self.gateway = Child("gateway", environ, home.logs / "gateway.log", notice, port_variable="SERVE_PORT")
+        self._sockets = listen_shared(
+            settings.gateway.host,
+            settings.gateway.port,
+            settings.gateway.processes,
+            flag="--port",
+            variable="SERVE_PORT",
+        )
+        self.gateways = [
+            Child(
+                "gateway", environ, home.logs / f"gateway{f'-{number}' if number > 1 else ''}.log", notice, listen=each
+            )
+            for number, each in enumerate(self._sockets, 1)
+        ]
         self.worker = Child("worker", environ, home.logs / "worker.log", notice, port_variable="WORKER_PORT")
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the pool."""
+        return self.gateways[0].url
 
     async def start(self) -> None:
         """Manager first, then the others, who need its socket. Raises StartupError."""
         await self.manager.start()
         try:
             async with asyncio.TaskGroup() as starting:
-                starting.create_task(self.gateway.start())
+                for gateway in self.gateways:
+                    starting.create_task(gateway.start())
                 starting.create_task(self.worker.start())
         except ExceptionGroup as group:
             raise group.exceptions[0] from None  # one reason is enough, and the other child is ended anyway
@@ -146,13 +180,15 @@ class EmbeddedPool:
     async def keep(self) -> None:
         """Keep all parts running, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for child in (self.manager, self.gateway, self.worker):
+            for child in (self.manager, *self.gateways, self.worker):
                 tasks.create_task(child.keep())
 
     async def end(self) -> None:
         """End all parts: first who takes requests, last who knows."""
-        await asyncio.gather(self.gateway.end(), self.worker.end())
+        await asyncio.gather(*(gateway.end() for gateway in self.gateways), self.worker.end())
         await self.manager.end()
+        for sock in self._sockets:
+            sock.close()
 
 
 @asynccontextmanager

@@ -64,7 +64,7 @@ async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
 async def _serve(settings: Settings, home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo: bool) -> None:
     address = address_file(settings)
     with open_private(address, "wb") as file:
-        file.write(msgspec.json.encode(PoolAddress(url=pool.gateway.url, run_id=settings.run_id, pid=os.getpid())))
+        file.write(msgspec.json.encode(PoolAddress(url=pool.url, run_id=settings.run_id, pid=os.getpid())))
     try:
         async with asyncio.TaskGroup() as tasks:
             keeping = tasks.create_task(pool.keep())
@@ -107,7 +107,7 @@ async def _bring_up(home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo
             screen.progress(status.models)
             here = any(worker.alive and worker.run_id == pool.run_id for worker in status.workers)
             if here and not status.recovering and all(_settled(model) for model in status.models):
-                screen.ready(pool.gateway.url, pool.run_id, status.models)
+                screen.ready(pool.url, pool.run_id, status.models)
                 return
             await asyncio.sleep(_POLL_S)
 

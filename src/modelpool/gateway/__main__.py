@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import AsyncExitStack, closing
 
 import uvloop
 
@@ -18,19 +19,23 @@ from modelpool.gateway.auth import Access, check_exposure, is_loopback
 from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
+from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.listener import listening
+from modelpool.gateway.shared import joined
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.home import Home
 from modelpool.relay import Deadlines, Endpoint, Pools
-from modelpool.settings import Settings, SettingsError, from_environment
-from modelpool.tcp import bind_tcp, url_of
+from modelpool.settings import GatewaySettings, Settings, SettingsError, from_environment
+from modelpool.tcp import bind_tcp, inherited, url_of
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """What is being served gets this long to finish."""
+FIRST_SNAPSHOT_S = 2.0
+"""Who connects waits for so long at first, until it is known which models there are."""
 
 
 def main() -> int:
@@ -40,7 +45,9 @@ def main() -> int:
         raise_descriptor_limit()
         check_exposure(settings.gateway)
         home = Home(settings.home_path)
-        sock = bind_tcp(settings.gateway.host, settings.gateway.port, flag="--port", variable="SERVE_PORT")
+        sock = inherited() or bind_tcp(
+            settings.gateway.host, settings.gateway.port, flag="--port", variable="SERVE_PORT"
+        )
         uvloop.run(serve(settings, home, sock))
     except (process.StartupError, SettingsError, OSError) as error:
         hint = error.hint if isinstance(error, process.StartupError) else ""
@@ -57,32 +64,29 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
     access = Access(
         api_key=gateway.api_key, admin_key=home.admin_key(), cluster_token=token, local=is_loopback(gateway.host)
     )
-    upstreams = Pools(connect_timeout_s=gateway.connect_timeout_s)
-    controls = Pools(connect_timeout_s=gateway.connect_timeout_s)
-    control = controls.pool(Endpoint.unix(home.control_socket))
-    table = Table(Instances(upstreams, token))
-    feed = SnapshotFeed(table, control)
-    inference = Inference(
-        table,
-        Deadlines(
-            *(
-                each or math.inf
-                for each in (gateway.first_byte_timeout_s, gateway.between_bytes_timeout_s, gateway.total_timeout_s)
-            )
-        ),
-    )
-    app = GatewayApp(access, table, feed, inference, Control(control))
-    limits = Limits(body_bytes=gateway.max_body_bytes)
     ending = ending_signal()
-    async with asyncio.TaskGroup() as tasks:
-        following = tasks.create_task(feed.follow())
-        async with listening(sock, app, limits, grace_s=GRACE_S):
+    async with AsyncExitStack() as stack:
+        node = stack.enter_context(joined(home.run / "gateway"))
+        upstreams = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
+        controls = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
+        control = controls.pool(Endpoint.unix(home.control_socket))
+        table = Table(Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None))
+        feed = SnapshotFeed(table, control)
+        app = GatewayApp(access, table, feed, Inference(table, _deadlines(gateway)), Control(control))
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
+        await feed.wait_first(FIRST_SNAPSHOT_S)
+        async with listening(sock, app, Limits(body_bytes=gateway.max_body_bytes), grace_s=GRACE_S):
             process.announce(process.Ready(url_of(sock)))
             await ending.wait()
             log.info("ending")
-        following.cancel()
-    upstreams.close()
-    controls.close()
+        for each in background:
+            each.cancel()
+
+
+def _deadlines(gateway: GatewaySettings) -> Deadlines:
+    limits = gateway.first_byte_timeout_s, gateway.between_bytes_timeout_s, gateway.total_timeout_s
+    return Deadlines(*(each or math.inf for each in limits))
 
 
 def ending_signal() -> asyncio.Event:

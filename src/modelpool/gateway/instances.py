@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from modelpool.core.breaker import CLOSED
+from modelpool.gateway.inflight import Row, SharedInflight
 from modelpool.messages.routing import Route
 from modelpool.relay import Endpoint, Pool, Pools, fixed_headers
 
@@ -16,21 +17,59 @@ log = logging.getLogger(__name__)
 class Instance:
     """One ACTIVE instance. A request holds a lease on it for as long as it may be using it."""
 
-    __slots__ = ("_suspects", "breaker", "capacity", "fixed", "inflight", "name", "pool", "prefix", "route")
+    __slots__ = (
+        "_row",
+        "_suspects",
+        "breaker",
+        "capacity",
+        "fixed",
+        "gone",
+        "inflight",
+        "name",
+        "own",
+        "pool",
+        "prefix",
+        "route",
+    )
 
-    def __init__(self, route: Route, pool: Pool, token: str, suspects: set[Instance]) -> None:
+    def __init__(self, route: Route, pool: Pool, token: str, suspects: set[Instance], row: Row | None) -> None:
         self.route = route
         self.name = route.instance
         self.capacity = max(1, route.capacity)
         self.pool = pool
         self.prefix = route.prefix.encode()
         self.fixed = fixed_headers(pool.endpoint, token)
+        self.own = 0
+        """Requests of this process."""
         self.inflight = 0
+        """Requests of all gateway processes on this node, as of the last `count_all`."""
         self.breaker = CLOSED
+        self.gone = False
         self._suspects = suspects
+        self._row = row
 
     def lease(self) -> Lease:
         return Lease(self)
+
+    def count_all(self) -> None:
+        if self._row is not None:
+            self.inflight = self._row.total
+
+    def add(self, requests: int) -> None:
+        """For a lease: one more of ours, or one less."""
+        self.own += requests
+        self.inflight += requests
+        if self._row is not None:
+            self._row.put(self.own)
+            if self.gone and not self.own:
+                self._row.give_back()
+                self._row = None
+
+    def leave(self) -> None:
+        """It is routed no more. Its count is kept until the last lease has ended."""
+        self.gone = True
+        self._suspects.discard(self)
+        self.add(0)
 
     def judge(self, worked: bool | None) -> None:
         """A request to it ended: it worked, or the instance failed, or that was not to be seen."""
@@ -59,7 +98,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         instance = self._instance
-        instance.inflight += 1
+        instance.add(1)
         if not instance.breaker.closed:
             self._trial = not instance.breaker.trying
             instance.breaker = instance.breaker.begun()
@@ -69,7 +108,7 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         instance = self._instance
-        instance.inflight -= 1
+        instance.add(-1)
         if instance.breaker is CLOSED:
             if self.worked is False:
                 instance.judge(False)
@@ -80,23 +119,30 @@ class Lease:
 class Instances:
     """Every routed instance once, so that its count outlives a change of the snapshot that leaves it alone."""
 
-    def __init__(self, pools: Pools, token: str) -> None:
+    def __init__(self, pools: Pools, token: str, shared: SharedInflight | None = None) -> None:
         self._pools = pools
         self._token = token
+        self._shared = shared
         self._by_route: dict[Route, Instance] = {}
         self.suspects: set[Instance] = set()
         """Those whose breaker is not closed. Mostly empty, which is all that a request needs to know."""
 
     @property
+    def shared(self) -> bool:
+        """Whether other processes on this node send to the same instances."""
+        return self._shared is not None
+
+    @property
     def inflight(self) -> int:
-        """Requests in flight to what is routed now."""
-        return sum(instance.inflight for instance in self._by_route.values())
+        """Requests of this process in flight to what is routed now."""
+        return sum(instance.own for instance in self._by_route.values())
 
     def of(self, route: Route) -> Instance:
         instance = self._by_route.get(route)
         if instance is None:
             pool = self._pools.pool(Endpoint(route.host, route.port))
-            instance = self._by_route[route] = Instance(route, pool, self._token, self.suspects)
+            row = self._shared.take(f"{route.worker_id}/{route.instance}/{route.port}") if self._shared else None
+            instance = self._by_route[route] = Instance(route, pool, self._token, self.suspects, row)
         return instance
 
     def keep_only(self, routes: set[Route]) -> None:
@@ -105,5 +151,5 @@ class Instances:
         Requests that they still run go on; their leases end with them.
         """
         for route in self._by_route.keys() - routes:
-            self.suspects.discard(self._by_route.pop(route))
+            self._by_route.pop(route).leave()
         self._pools.keep_only({Endpoint(route.host, route.port) for route in routes})

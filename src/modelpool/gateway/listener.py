@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from modelpool.gateway.connection import Application, ClientConnection, Limits
-
-_BACKLOG = 4096
+from modelpool.tcp import BACKLOG
 
 
 class Listener:
@@ -64,9 +63,7 @@ async def listening(
     """Serve `app` on a bound socket. Left, no connection and no request of it is alive."""
     loop = asyncio.get_running_loop()
     listener = Listener()
-    server = await loop.create_server(
-        lambda: ClientConnection(app, listener, limits, loop), sock=sock, backlog=_BACKLOG
-    )
+    server = await loop.create_server(lambda: ClientConnection(app, listener, limits, loop), sock=sock, backlog=BACKLOG)
     async with asyncio.TaskGroup() as tasks:
         deadlines = tasks.create_task(listener.enforce_deadlines(limits.check_s))
         try:

@@ -7,6 +7,7 @@ that a slot's owner died clears its cells.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import mmap
 import os
@@ -65,6 +66,12 @@ class Node:
         """Have `clear(slot)` called now for this process's slot, and for each one whose owner is found dead."""
         self._clear.append(clear)
         clear(self.slot)
+
+    async def keep_reaping(self, every_s: float = 1.0) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            self.reap()
 
     def reap(self) -> None:
         """Clear the slots whose owners died."""

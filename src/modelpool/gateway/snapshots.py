@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import msgspec
 
@@ -35,6 +36,13 @@ class SnapshotFeed:
         self.heard_at: float | None = None
         """When the manager was last heard, on the loop's clock."""
         self.connected = False
+        self._first = asyncio.Event()
+
+    async def wait_first(self, at_most_s: float) -> None:
+        """Return once there is a table to route by, or when that takes too long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await self._first.wait()
 
     async def follow(self) -> None:
         """Until cancelled."""
@@ -72,6 +80,7 @@ class SnapshotFeed:
             self._table.apply(self._decoder.decode(line))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken(f"its snapshot makes no sense: {error}") from error
+        self._first.set()
         if not self.connected:
             self.connected = True
             log.info("following the manager, epoch %s", self._table.epoch)

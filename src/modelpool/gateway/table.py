@@ -22,12 +22,12 @@ class Gap(Exception):
 class Model:
     """A registered model and its instances."""
 
-    __slots__ = ("_suspects", "_turn", "entry", "instances")
+    __slots__ = ("_all", "_turn", "entry", "instances")
 
-    def __init__(self, entry: ModelEntry, instances: tuple[Instance, ...], suspects: Collection[Instance]) -> None:
+    def __init__(self, entry: ModelEntry, instances: Instances) -> None:
         self.entry = entry
-        self.instances = instances
-        self._suspects = suspects
+        self.instances = tuple(map(instances.of, entry.routes))
+        self._all = instances
         self._turn = -1
 
     def choose(self, tried: Collection[Instance] = ()) -> tuple[Instance, Reason]:
@@ -41,7 +41,10 @@ class Model:
                 raise ModelNotReady(
                     f"No instance of the model `{self.entry.alias}` takes requests right now.", retry_after=RETRY_S
                 )
-        if self._suspects and len(candidates) > 1:
+        if self._all.shared:
+            for each in candidates:
+                each.count_all()
+        if self._all.suspects and len(candidates) > 1:
             # With all of them under suspicion, trying is better than refusing.
             now = time.monotonic()
             candidates = tuple(each for each in candidates if each.breaker.admits(now)) or candidates
@@ -96,7 +99,7 @@ class Table:
         before = self._models.get(entry.alias)
         if before is not None and before.entry == entry:
             return before
-        return Model(entry, tuple(map(self._instances.of, entry.routes)), self._instances.suspects)
+        return Model(entry, self._instances)
 
     def _must_be_known(self) -> None:
         if not self.known:
