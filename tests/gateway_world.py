@@ -19,7 +19,9 @@ from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.listener import Listener, listening
+from modelpool.gateway.responses import Responses
 from modelpool.gateway.snapshots import SnapshotFeed
+from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.messages.routing import ModelEntry, Route, Snapshot, Unavailable
 from modelpool.relay import Deadlines, Endpoint, Pools
@@ -54,7 +56,16 @@ def snapshot_of(*entries: ModelEntry, epoch: str = "e1", sequence: int = 1) -> S
 class World:
     """A gateway and what it is made of."""
 
-    def __init__(self, endpoint: Endpoint, table: Table, instances: Instances, feed: SnapshotFeed, listener: Listener):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        table: Table,
+        instances: Instances,
+        feed: SnapshotFeed,
+        stored: StoredResponses,
+        listener: Listener,
+    ) -> None:
+        self.stored = stored
         self.endpoint = endpoint
         self.table = table
         self.instances = instances
@@ -187,6 +198,7 @@ async def gateway(
     limits: Limits | None = None,
     grace_s: float = 0.1,
     follow: bool = False,
+    remembered: int = 100,
     deadlines: Deadlines = Deadlines(),
 ) -> AsyncIterator[World]:
     """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
@@ -198,12 +210,14 @@ async def gateway(
     if not follow:
         table.apply(snapshot_of(*entries))
     access = Access(api_key=api_key, admin_key=ADMIN_KEY, cluster_token=TOKEN, local=local)
-    app = GatewayApp(access, table, feed, Inference(table, deadlines), Control(control))
+    stored = StoredResponses(remembered)
+    inference = Inference(table, stored, deadlines)
+    app = GatewayApp(access, table, feed, inference, Responses(table, inference, stored), Control(control))
     sock: socket.socket = bind_tcp("127.0.0.1", 0, flag="", variable="")
     async with asyncio.TaskGroup() as tasks:
         following = [tasks.create_task(feed.follow())] if follow else []
         async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:
-            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, listener)
+            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener)
         for task in following:
             task.cancel()
     upstreams.close()

@@ -5,7 +5,7 @@ PoolError
 │   ├── InvalidRequest     400
 │   ├── Unauthorized       401
 │   ├── Forbidden          403
-│   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound
+│   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound, ResponseNotFound
 │   ├── MethodNotAllowed   405
 │   ├── RequestTimeout     408
 │   ├── Conflict           409
@@ -100,6 +100,10 @@ class InstanceNotFound(NotFound):
 
 class RouteNotFound(NotFound):
     code = "route_not_found"
+
+
+class ResponseNotFound(NotFound):
+    code = "response_not_found"
 
 
 class MethodNotAllowed(CallerError):

@@ -42,6 +42,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     between_bytes_timeout_s: SecondsOrNone = 120.0
     """How long an answer that has begun may stand still."""
     total_timeout_s: SecondsOrNone = 0.0
+    responses_remembered: Annotated[int, Meta(ge=1)] = 10_000
+    """Of how many stored responses it is known which instance made them. For others the instances are asked."""
 
     @property
     def urls_elsewhere(self) -> tuple[str, ...]:
@@ -135,6 +137,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_FIRST_BYTE_TIMEOUT", "gateway.first_byte_timeout_s"),
     ("MODELPOOL_BETWEEN_BYTES_TIMEOUT", "gateway.between_bytes_timeout_s"),
     ("MODELPOOL_TOTAL_TIMEOUT", "gateway.total_timeout_s"),
+    ("MODELPOOL_RESPONSES_REMEMBERED", "gateway.responses_remembered"),
     ("MANAGER_HOST", "manager.host"),
     ("MANAGER_PORT", "manager.port"),
     ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),

@@ -13,7 +13,7 @@ FAKE_ONLY = {"MODELPOOL_ENGINES": "fake", "MODELPOOL_HEARTBEAT_INTERVAL": "1"}
 @pytest.fixture(scope="session")
 def demo_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]:
     """One pool with the demo model on a real engine, for all tests that do not break it."""
-    with running_pool(tmp_path_factory.mktemp("demo-pool")) as pool:
+    with running_pool(tmp_path_factory.mktemp("demo-pool"), VLLM_ENABLE_RESPONSES_API_STORE="1") as pool:
         pool.wait_active("demo")
         yield pool
 

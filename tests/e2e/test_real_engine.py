@@ -51,6 +51,26 @@ def test_a_stream_reaches_the_client_in_the_chunks_that_the_engine_made(demo_poo
     assert len(events) > 10
 
 
+def test_stored_responses_are_had_again_gone_on_with_and_cancelled(demo_pool: PoolProcess) -> None:
+    client = demo_pool.sdk()
+    made = client.responses.create(model="demo", input="What is a worker?", temperature=0)
+    assert client.responses.retrieve(made.id).output_text == made.output_text
+    with client.responses.stream(model="demo", input="What is a worker?", temperature=0) as stream:
+        streamed = stream.get_final_response().id
+    assert client.responses.retrieve(streamed).output_text == made.output_text
+    more = client.responses.create(model="demo", input="And?", previous_response_id=made.id, max_output_tokens=2)
+    assert more.usage is not None
+    assert made.usage is not None
+    assert more.usage.input_tokens > made.usage.input_tokens
+    later = client.responses.create(
+        model="demo", input="x", background=True, max_output_tokens=1500, extra_body={"ignore_eos": True}
+    )
+    assert client.responses.cancel(later.id).status == "cancelled"
+    with pytest.raises(APIStatusError) as missing:
+        client.responses.retrieve("resp_0")
+    assert missing.value.code == "response_not_found"
+
+
 def test_the_status_has_times_of_real_requests_and_the_engines_figures(demo_pool: PoolProcess) -> None:
     demo_pool.http.post("/v1/completions", json={"model": "demo", "prompt": "x", "max_tokens": 8})
     with demo_pool.worker_http() as worker:

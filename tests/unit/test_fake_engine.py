@@ -131,6 +131,46 @@ def test_responses_stream_ends_with_the_whole_answer() -> None:
     assert events[-1]["response"]["output"][0]["content"] == whole["output"][0]["content"]
 
 
+def test_responses_are_kept_unless_told_otherwise() -> None:
+    async def main() -> None:
+        app = await engine().start()
+        made = (await post("/v1/responses", {"input": "hi"}).run(app)).json
+        assert (await Call("GET", f"/v1/responses/{made['id']}").run(app)).json == made
+        follow = {"input": "and", "previous_response_id": made["id"]}
+        more = (await post("/v1/responses", follow).run(app)).json
+        assert more["usage"]["input_tokens"] > made["usage"]["input_tokens"]
+        streamed = (await post("/v1/responses", {"input": "hi", "stream": True}).run(app)).events[-1]["response"]
+        assert (await Call("GET", f"/v1/responses/{streamed['id']}").run(app)).json == streamed
+        kept_not = (await post("/v1/responses", {"input": "hi", "store": False}).run(app)).json
+        for call in (
+            Call("GET", f"/v1/responses/{kept_not['id']}"),
+            Call("POST", "/v1/responses/resp_0/cancel"),
+            post("/v1/responses", {"input": "hi", "previous_response_id": "resp_0"}),
+        ):
+            assert ((await call.run(app)).status, call.json["error"]["param"]) == (404, "response_id")
+        cancel = Call("POST", f"/v1/responses/{made['id']}/cancel")
+        assert ((await cancel.run(app)).status, cancel.json["error"]["code"]) == (400, 400)
+
+    run_virtual(main())
+
+
+def test_a_response_is_made_in_the_background_until_it_is_cancelled() -> None:
+    async def main() -> None:
+        made = engine(fake_token_ms=1000)
+        app = await made.start()
+        asked = [post("/v1/responses", {"input": text, "background": True}) for text in ("hi", "ho")]
+        first, second = [(await call.run(app)).json["id"] for call in asked]
+        assert (await Call("GET", f"/v1/responses/{first}").run(app)).json["status"] == "queued"
+        assert (await Call("POST", f"/v1/responses/{first}/cancel").run(app)).json["status"] == "cancelled"
+        await asyncio.sleep(10)
+        assert made.stats().running == 0
+        assert (await Call("GET", f"/v1/responses/{first}").run(app)).json["status"] == "cancelled"
+        done = (await Call("GET", f"/v1/responses/{second}").run(app)).json
+        assert (done["status"], done["output"][0]["content"][0]["text"]) == ("completed", "You said: ho")
+
+    run_virtual(main())
+
+
 def test_embeddings_depend_on_the_text_alone() -> None:
     def vector(text: Any, **fields: Any) -> Any:
         return call(engine(), post("/v1/embeddings", {"input": text, **fields})).json["data"]

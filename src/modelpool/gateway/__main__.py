@@ -22,8 +22,10 @@ from modelpool.gateway.inference import Inference
 from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.listener import listening
+from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
 from modelpool.gateway.snapshots import SnapshotFeed
+from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.home import Home
 from modelpool.relay import Deadlines, Endpoint, Pools
@@ -72,7 +74,9 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         control = controls.pool(Endpoint.unix(home.control_socket))
         table = Table(Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None))
         feed = SnapshotFeed(table, control)
-        app = GatewayApp(access, table, feed, Inference(table, _deadlines(gateway)), Control(control))
+        stored = StoredResponses(gateway.responses_remembered)
+        inference = Inference(table, stored, _deadlines(gateway))
+        app = GatewayApp(access, table, feed, inference, Responses(table, inference, stored), Control(control))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
         await feed.wait_first(FIRST_SNAPSHOT_S)

@@ -13,6 +13,7 @@ from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.request import Request
+from modelpool.gateway.responses import Responses
 from modelpool.gateway.routes import Kind, match
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
@@ -35,12 +36,19 @@ class GatewayApp:
     """Every request of a listener ends up here."""
 
     def __init__(
-        self, access: Access, table: Table, feed: SnapshotFeed, inference: Inference, control: Control
+        self,
+        access: Access,
+        table: Table,
+        feed: SnapshotFeed,
+        inference: Inference,
+        responses: Responses,
+        control: Control,
     ) -> None:
         self._access = access
         self._table = table
         self._feed = feed
         self._inference = inference
+        self._responses = responses
         self._control = control
 
     def admit(self, request: Request) -> None:
@@ -52,6 +60,8 @@ class GatewayApp:
         assert route is not None
         if route.kind is Kind.INFERENCE or route.kind is Kind.FORM:
             await self._inference.serve(request, route, client)
+        elif route.kind is Kind.RESPONSES or route.kind is Kind.RESPONSE:
+            await self._responses.serve(request, route, client)
         elif route.kind is Kind.CONTROL:
             await self._control.serve(request, route, client)
         elif route.kind is Kind.MODELS:

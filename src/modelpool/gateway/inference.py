@@ -13,6 +13,7 @@ from modelpool.gateway.instances import Instance
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Kind, Route
+from modelpool.gateway.stored import LearningPassThrough, StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.relay import Deadlines, encode_request
 
@@ -35,13 +36,14 @@ class _Envelope(msgspec.Struct, frozen=True):
 class Inference:
     """Serves the inference routes by the routing table."""
 
-    def __init__(self, table: Table, deadlines: Deadlines = Deadlines()) -> None:
+    def __init__(self, table: Table, stored: StoredResponses, deadlines: Deadlines = Deadlines()) -> None:
         self._table = table
+        self._stored = stored
         self._deadlines = deadlines
 
     async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
         """Raises PoolError before the first byte of an answer."""
-        alias = model_of(request.body) if route.kind is Kind.INFERENCE else _model_of_form(request)
+        alias = _model_of_form(request) if route.kind is Kind.FORM else model_of(request.body)
         tried: list[Instance] = []
         while True:
             instance, _ = self._table.model(alias).choose(tried)
@@ -56,6 +58,15 @@ class Inference:
                     log.info("%s did not take a request (%s), trying another instance", instance.name, error)
             tried.append(instance)
 
+    async def serve_at(self, instance: Instance, request: Request, route: Route, client: ClientConnection) -> None:
+        """To this instance and no other."""
+        with instance.lease() as lease:
+            try:
+                lease.worked = await self._send(request, route, instance, client) < 500
+            except EngineError:
+                lease.worked = False
+                raise
+
     async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> int:
         """To this instance; once more on a new connection if the pooled one turns out to have been closed.
 
@@ -68,10 +79,10 @@ class Inference:
             fixed=instance.fixed,
             body=request.body,
         )
-        if status := await self._attempt(instance, upstream, request, client, fresh=False):
+        if status := await self._attempt(instance, upstream, request, route, client, fresh=False):
             return status
         try:
-            return await self._attempt(instance, upstream, request, client, fresh=True)
+            return await self._attempt(instance, upstream, request, route, client, fresh=True)
         except EngineError as error:
             if isinstance(error, UpstreamTimeout) and error.may_have_run:
                 raise
@@ -80,10 +91,22 @@ class Inference:
             raise UpstreamFailed(f"The instance {instance.name} died before it answered.") from error
 
     async def _attempt(
-        self, instance: Instance, upstream: bytes, request: Request, client: ClientConnection, *, fresh: bool
+        self,
+        instance: Instance,
+        upstream: bytes,
+        request: Request,
+        route: Route,
+        client: ClientConnection,
+        *,
+        fresh: bool,
     ) -> int:
         """The answer's status; 0 if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
-        sink = PassThrough(request, client, hold=_MAY_SAY_SO)
+        if route.kind is Kind.RESPONSES:
+            sink: PassThrough = LearningPassThrough(
+                request, client, hold=_MAY_SAY_SO, route=instance.route, stored=self._stored
+            )
+        else:
+            sink = PassThrough(request, client, hold=_MAY_SAY_SO)
         exchange = await instance.pool.send(upstream, sink, fresh=fresh)
         exchange.deadlines = self._deadlines
         client.attach(exchange)

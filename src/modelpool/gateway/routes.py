@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ class Kind(Enum):
     """Goes to an instance of the model that the JSON body names."""
     FORM = auto()
     """The same for a body that is a form."""
+    RESPONSES = auto()
+    """The same, and the answer may be kept by the instance that made it."""
+    RESPONSE = auto()
+    """Goes to the instance that made the response in the path."""
     CONTROL = auto()
     """Goes to the control socket."""
     MODELS = auto()
@@ -47,6 +52,7 @@ _ANY = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 def _inference_routes() -> dict[bytes, Route]:
     """Each engine path, and the same with `/v1` taken off or put before it: base URLs come either way."""
     kinds = dict.fromkeys(JSON_PATHS, Kind.INFERENCE) | dict.fromkeys(FORM_PATHS, Kind.FORM)
+    kinds["/v1/responses"] = Kind.RESPONSES
     served = {path.encode(): Route(kind, Scope.INFERENCE, path.encode()) for path, kind in kinds.items()}
     for path, route in sorted(served.items()):
         if path.startswith(b"/v1/"):
@@ -63,6 +69,7 @@ _LOCAL = {
     b"/v1/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
     b"/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
 }
+_STORED_RESPONSE = re.compile(rb"(?:/v1)?(/responses/[A-Za-z0-9_-]+(/cancel)?)")
 _REGISTER = Route(Kind.CONTROL, Scope.ADMIN, b"/admin/models/register")
 
 
@@ -85,6 +92,8 @@ def _find(method: bytes, path: bytes) -> tuple[Route | None, tuple[str, ...]]:
         return route, _GET
     if path in (b"/v1/models/register", b"/models/register") and method not in (b"GET", b"HEAD"):
         return _REGISTER, _POST  # a GET asks for a model of that name
+    if match := _STORED_RESPONSE.fullmatch(path):
+        return Route(Kind.RESPONSE, Scope.INFERENCE, b"/v1" + match[1]), _POST if match[2] else ("GET",)
     for prefix in (b"/v1/models/", b"/models/"):
         if path.startswith(prefix) and len(path) > len(prefix):
             return Route(Kind.MODEL, Scope.INFERENCE, path[len(prefix) :]), _GET

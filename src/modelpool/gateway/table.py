@@ -30,11 +30,15 @@ class Model:
         self._all = instances
         self._turn = -1
 
+    def awake(self) -> tuple[Instance, ...]:
+        """All instances. Raises CapacityError when there is none."""
+        if not self.instances:
+            raise _unavailable(self.entry)
+        return self.instances
+
     def choose(self, tried: Collection[Instance] = ()) -> tuple[Instance, Reason]:
         """The instance for a request that was at `tried` already. Raises CapacityError when there is none."""
-        candidates = self.instances
-        if not candidates:
-            raise _unavailable(self.entry)
+        candidates = self.instances or self.awake()
         if tried:
             candidates = tuple(each for each in candidates if each not in tried)
             if not candidates:
@@ -78,6 +82,11 @@ class Table:
         """All registered models. Raises ManagerAway while nothing is known."""
         self._must_be_known()
         return [model.entry for model in self._models.values()]
+
+    def instances(self) -> list[Instance]:
+        """All instances of all models. Raises ManagerAway while nothing is known."""
+        self._must_be_known()
+        return [instance for model in self._models.values() for instance in model.instances]
 
     def apply(self, update: Update) -> None:
         """Raises Gap, having changed nothing."""

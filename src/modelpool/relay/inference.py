@@ -18,7 +18,7 @@ FORM_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 """Where a POST with a multipart/form-data body names its model."""
 _POST = JSON_PATHS | FORM_PATHS
 _GET = frozenset({"/v1/models", "/health", "/version"})
-_STORED_RESPONSE = re.compile(r"/v1/responses/[\w-]+(/cancel)?")
+_STORED_RESPONSE = re.compile(r"/v1/responses/[\w-]+(/cancel)?", re.ASCII)
 
 
 def inference_methods(path: str) -> frozenset[str]:

@@ -141,6 +141,10 @@ class Response(_Answer):
 
     _number = -1
 
+    def queued(self) -> dict[str, Any]:
+        """What is there before it is begun."""
+        return self._response("queued", [])
+
     def body(self) -> dict[str, Any]:
         return self._response("completed", [self._item("completed", self.choices[0].text)], self._used())
 

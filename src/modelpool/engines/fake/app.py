@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import struct
 import time
 import uuid
@@ -33,6 +34,7 @@ from modelpool.engines.fake.requests import (
     ResponsesRequest,
     TokenizeRequest,
 )
+from modelpool.engines.fake.stored import Stored
 from modelpool.engines.fake.text import detokenized, generation, token_id, tokens
 from modelpool.errors import InvalidBody, InvalidRequest
 
@@ -44,6 +46,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 # vLLM's default for plain completions.
 _COMPLETION_TOKENS = 16
 _DIMENSIONS = 16
+_STORED_RESPONSE = re.compile(r"^/v1/responses/[^/]+(/cancel)?$")
 # As if all sound were PCM of 16 bits and 16 kHz.
 _SOUND_BYTES_PER_S = 32_000
 
@@ -55,6 +58,7 @@ class FakeApp:
         self._engine = engine
         self._model = engine.model
         self._created = int(time.time())
+        self._stored = Stored()
         self._routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
             "/metrics": {"GET": self._metrics},
@@ -62,6 +66,8 @@ class FakeApp:
             "/v1/chat/completions": {"POST": self._chat},
             "/v1/completions": {"POST": self._completion},
             "/v1/responses": {"POST": self._response},
+            "/v1/responses/{id}": {"GET": self._retrieve},
+            "/v1/responses/{id}/cancel": {"POST": self._cancel},
             "/v1/embeddings": {"POST": self._embeddings},
             "/v1/audio/transcriptions": {"POST": partial(self._audio, "transcription")},
             "/v1/audio/translations": {"POST": partial(self._audio, "translation")},
@@ -72,6 +78,7 @@ class FakeApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
+            await self._stored.close()
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         else:
@@ -92,7 +99,8 @@ class FakeApp:
             await exchange.refuse(bad_request(str(error)))
 
     def _route(self, exchange: Exchange) -> Handler:
-        methods = self._routes.get(exchange.scope["path"])
+        path = exchange.scope["path"]
+        methods = self._routes.get(_STORED_RESPONSE.sub(r"/v1/responses/{id}\1", path))
         if methods is None:
             raise Refused(404, "Not Found", "Not Found")
         if (handler := methods.get(exchange.scope["method"])) is None:
@@ -165,23 +173,65 @@ class FakeApp:
         messages = request.messages
         if not messages:
             raise bad_request("`input` must hold a message.", "input")
+        if request.previous_response_id is not None:
+            said = self._stored.body(request.previous_response_id)["output"]
+            messages = [*(ChatMessage(role="assistant", content=each["content"]) for each in said), *messages]
         how = self._behaviour(exchange)
         prompt_tokens = _chat_tokens(messages)
         budget = self._budget(prompt_tokens, request.max_output_tokens)
         made = generation(self._said(messages[-1].text), max_tokens=budget, exactly=how.tokens)
         answer = answers.Response(f"resp_{uuid.uuid4().hex}", self._model.alias, [made], prompt_tokens)
-        await self._answer(exchange, answer, how, bool(request.stream), usage=True)
+        if request.background:
+            await self._respond_later(exchange, request, answer, how)
+            return
+
+        def keep() -> None:
+            if request.store:
+                self._stored.keep(answer.body())
+
+        await self._answer(exchange, answer, how, bool(request.stream), usage=True, made=keep)
+
+    async def _respond_later(
+        self, exchange: Exchange, request: ResponsesRequest, answer: answers.Response, how: Behaviour
+    ) -> None:
+        if not request.store:
+            raise bad_request("background can only be used when `store` is true", "background")
+        if request.stream:
+            raise bad_request("This engine does not stream what it makes in the background.", "stream")
+
+        async def make() -> dict[str, Any]:
+            async with aclosing(self._engine.generate(len(answer.choices[0].tokens), how)) as steps:
+                async for _ in steps:
+                    pass
+            return answer.body()
+
+        queued = answer.queued()
+        self._stored.begin(queued, make())
+        await exchange.json(queued)
+
+    async def _retrieve(self, exchange: Exchange) -> None:
+        await exchange.json(self._stored.body(exchange.scope["path"].split("/")[3]))
+
+    async def _cancel(self, exchange: Exchange) -> None:
+        await exchange.json(self._stored.cancel(exchange.scope["path"].split("/")[3]))
 
     async def _answer(
-        self, exchange: Exchange, answer: answers.Answer, how: Behaviour, stream: bool, usage: bool
+        self,
+        exchange: Exchange,
+        answer: answers.Answer,
+        how: Behaviour,
+        stream: bool,
+        usage: bool,
+        made: Callable[[], None] = lambda: None,
     ) -> None:
-        """Generate all choices side by side, token by token, as one sequence in one slot."""
+        """Generate all choices side by side, token by token, as one sequence in one slot. `made`: all is generated."""
         longest = max(len(choice.tokens) for choice in answer.choices)
         async with aclosing(self._engine.generate(longest, how)) as steps:
             async for step in steps:
                 if stream:
                     for name, event in answer.events(step):
                         await exchange.event(event, name)
+        made()
         if not stream:
             await exchange.json(answer.body())
             return

@@ -65,6 +65,9 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     instructions: str | None = None
     stream: bool | None = False
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    store: bool | None = True
+    background: bool | None = False
+    previous_response_id: str | None = None
 
     @property
     def messages(self) -> list[ChatMessage]:
