@@ -285,6 +285,32 @@ async def test_a_stream_whose_instance_dies_ends_with_an_error_event() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "name", "kind"),
+    [
+        ("/v1/messages", b"event: error", "error"),
+        ("/messages/count_tokens", b"event: error", "error"),
+        ("/v1/responses", b"event: error", None),
+        ("/v1/completions", b"", None),
+    ],
+)
+@on_uvloop
+async def test_errors_have_the_shape_of_their_api(path: str, name: bytes, kind: str | None) -> None:
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
+
+    async with serving(die) as endpoint, gateway(entry("m", [endpoint])) as world:
+        refused = await world.ask(request("POST", path, b'{"model": "x"}'))
+        assert refused.json.get("type") == kind
+        assert refused.code == "model_not_found"
+        event = (await world.ask(request("POST", path, b'{"model": "m"}'))).body.split(b"\n\n")[-2]
+        named, _, data = event.rpartition(b"data: ")
+        assert named.strip() == name
+        assert msgspec.json.decode(data).get("type") == kind
+        assert msgspec.json.decode(data)["error"]["code"] == "upstream_failed"
+
+
+@pytest.mark.parametrize(
     "sent",
     [
         EVENT_STREAM + b"10\r\ndata: ",

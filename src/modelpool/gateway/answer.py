@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from http import HTTPStatus
 
 from modelpool.errors import PoolError, error_body, error_headers
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_MESSAGES = re.compile(rb"^(/v1)?/messages\b")
 
 
 def encode_answer(
@@ -26,11 +28,23 @@ def encode_answer(
     return head if head_only else head + body
 
 
-def encode_error(error: PoolError, *, close: bool, head_only: bool) -> bytes:
-    return encode_answer(error.status, error_body(error), error_headers(error), close=close, head_only=head_only)
+def encode_error(error: PoolError, path: bytes, *, close: bool, head_only: bool) -> bytes:
+    """The answer to a request for `path` that failed."""
+    body = _body(error, path)
+    return encode_answer(error.status, body, error_headers(error), close=close, head_only=head_only)
 
 
-def error_event(error: PoolError, *, chunked: bool) -> bytes:
-    """The last event of a stream that cannot go on, which ends the body too; after whatever event came half."""
-    event = b"\n\ndata: " + error_body(error) + b"\n\n"
+def error_event(error: PoolError, path: bytes, *, chunked: bool) -> bytes:
+    """The last event of a stream that cannot go on, which ends the body too; after whatever event came half.
+
+    Where a stream's events have names, in Anthropic's and the Responses API, this one has too.
+    """
+    name = b"event: error\n" if _MESSAGES.search(path) or b"/responses" in path else b""
+    event = b"\n\n" + name + b"data: " + _body(error, path) + b"\n\n"
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event) if chunked else event
+
+
+def _body(error: PoolError, path: bytes) -> bytes:
+    """OpenAI's envelope; Anthropic's, which is the same with a type of its own, for Anthropic's routes."""
+    body = error_body(error)
+    return b'{"type":"error",' + body[1:] if _MESSAGES.search(path) else body

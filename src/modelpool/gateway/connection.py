@@ -437,7 +437,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, item: Request | PoolError) -> None:
         if isinstance(item, PoolError):
-            self._send(encode_error(item, close=True, head_only=False))
+            self._send(encode_error(item, self._target, close=True, head_only=False))
             self._linger()
             return
         self._serving = item
@@ -471,7 +471,7 @@ class ClientConnection(asyncio.Protocol):
             self._closing = True
             self.abort()  # the only way to say that what was sent is not whole
         else:
-            self.write(encode_error(error, close=self.closes, head_only=request.head_only))
+            self.write(encode_error(error, request.path, close=self.closes, head_only=request.head_only))
 
     def _served(self) -> None:
         self._task = None

@@ -74,7 +74,7 @@ class PassThrough:
         if not chunked and not head.chunked and not head.ends_with_connection:
             raise error
         self._client.close_after()
-        self._client.write(error_event(error, chunked=chunked))
+        self._client.write(error_event(error, self._request.path, chunked=chunked))
 
     def _pass_head(self, head: ResponseHead, rest: bytes) -> None:
         """In one write with what came with it: each write is a system call and a segment."""
