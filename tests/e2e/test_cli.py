@@ -40,80 +40,85 @@ def run(pool: PoolProcess, *arguments: str, stdin: str = "", **more: str) -> sub
 
 
 def test_waiting_lasts_until_all_replicas_are_ready(fake_pool: PoolProcess) -> None:
-    done = run(fake_pool, "register", "pair", "--fake", "--min-replicas", "2", "--set", "fake_load_ms=300", "--wait")
+    done = run(
+        fake_pool, "register", "cli-pair", "--fake", "--min-replicas", "2", "--set", "fake_load_ms=300", "--wait"
+    )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^pair +ACTIVE +fake +2/2 ", done.stdout, re.MULTILINE)
-    told = [line for line in done.stdout.splitlines() if line.startswith("pair: ")]
+    assert re.search(r"^cli-pair +ACTIVE +fake +2/2 ", done.stdout, re.MULTILINE)
+    told = [line for line in done.stdout.splitlines() if line.startswith("cli-pair: ")]
     assert len(told) == len(set(told))
-    fake_pool.remove("pair")
+    fake_pool.remove("cli-pair")
 
 
 def test_waiting_ends_at_once_for_what_no_worker_could_ever_take(fake_pool: PoolProcess) -> None:
     begin = time.monotonic()
-    done = run(fake_pool, "register", "huge", "--fake", "--gpu-memory-gb", "900000", "--wait")
+    done = run(fake_pool, "register", "cli-huge", "--fake", "--gpu-memory-gb", "900000", "--wait")
     assert done.returncode == 1
     assert time.monotonic() - begin < 10
-    assert "error: huge is not ready: no worker can take it: w1: needs 900000.0 GB" in done.stderr
-    fake_pool.remove("huge")
+    assert "error: cli-huge is not ready: no worker can take it: w1: needs 900000.0 GB" in done.stderr
+    fake_pool.remove("cli-huge")
 
 
 def test_waiting_ends_when_its_time_is_over(fake_pool: PoolProcess) -> None:
-    arguments = ["register", "late", "--fake", "--set", "fake_load_ms=30000", "--wait", "--timeout", "0.5"]
+    arguments = ["register", "cli-late", "--fake", "--set", "fake_load_ms=30000", "--wait", "--timeout", "0.5"]
     done = run(fake_pool, *arguments)
     assert done.returncode == 1
-    assert "late is not ready: it is starting on w1" in done.stderr
+    assert "cli-late is not ready: it is starting on w1" in done.stderr
     assert json.loads(run(fake_pool, *arguments, "--json").stdout)["state"] == "STARTING"
-    fake_pool.remove("late")
+    fake_pool.remove("cli-late")
 
 
 def test_a_failed_start_ends_waiting_with_its_reason(fake_pool: PoolProcess) -> None:
-    done = run(fake_pool, "register", "bad", "--fake", "--set", "fake_load_error=Too heavy.", "--wait")
+    done = run(fake_pool, "register", "cli-bad", "--fake", "--set", "fake_load_error=Too heavy.", "--wait")
     assert done.returncode == 1
-    assert "Too heavy; it will be tried again.\n" in done.stderr
+    assert "error: cli-bad is not ready: it failed" in done.stderr
+    assert "Too heavy; " in done.stderr
     assert "removes it" in done.stderr
-    fake_pool.remove("bad")
+    fake_pool.remove("cli-bad")
 
 
 def test_every_row_is_a_line_and_replicas_are_in_order(fake_pool: PoolProcess) -> None:
-    fake_pool.register("many", fake=True, min_replicas=11, fake_load_error="no " * 60)
+    fake_pool.register("cli-many", fake=True, min_replicas=11, fake_load_error="no " * 60)
     eventually(
-        lambda: all(each["failures"] for each in fake_pool.model("many")["instances"]), 30, lambda: "eleven failures"
+        lambda: all(each["failures"] for each in fake_pool.model("cli-many")["instances"]),
+        30,
+        lambda: "eleven failures",
     )
     shown = run(fake_pool, "status").stdout
-    rows = [line.split()[0] for line in shown.splitlines() if line.startswith("many")]
-    assert rows == ["many", "many", *(f"many-r{number}" for number in range(2, 12))]
+    rows = [line.split()[0] for line in shown.splitlines() if line.startswith("cli-many")]
+    assert rows == ["cli-many", "cli-many", *(f"cli-many-r{number}" for number in range(2, 12))]
     assert f"`kill {fake_pool.process.pid}` ends this pool" in shown
-    fake_pool.remove("many")
+    fake_pool.remove("cli-many")
 
 
 def test_what_is_piped_into_chat_is_one_prompt(fake_pool: PoolProcess) -> None:
-    fake_pool.register("parrot", fake=True)
-    fake_pool.wait_active("parrot")
-    done = run(fake_pool, "chat", "parrot", stdin="two\nlines\n", MODELPOOL_URL=f"{fake_pool.url[7:]}/v1/")
+    fake_pool.register("cli-parrot", fake=True)
+    fake_pool.wait_active("cli-parrot")
+    done = run(fake_pool, "chat", "cli-parrot", stdin="two\nlines\n", MODELPOOL_URL=f"{fake_pool.url[7:]}/v1/")
     assert (done.returncode, done.stdout, done.stderr) == (0, "You said: two\nlines\n", "")
-    assert run(fake_pool, "chat", "parrot").returncode == 1
+    assert run(fake_pool, "chat", "cli-parrot").returncode == 1
     missing = run(fake_pool, "chat", "nobody", stdin="hi")
     assert (missing.returncode, missing.stdout) == (1, "")
     assert missing.stderr.startswith("error: The model `nobody` is not registered.")
 
 
 def test_a_conversation_in_a_terminal_goes_on_after_an_error(fake_pool: PoolProcess) -> None:
-    fake_pool.register("talker", fake=True)
-    fake_pool.wait_active("talker")
+    fake_pool.register("cli-talker", fake=True)
+    fake_pool.wait_active("cli-talker")
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        [*CLI, "chat", "talker"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(fake_pool.home)
+        [*CLI, "chat", "cli-talker"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(fake_pool.home)
     ) as chat:
         os.close(theirs)
         try:
             until(ours, "> ")
             os.write(ours, b"one\n")
             until(ours, "You said: one")
-            fake_pool.remove("talker")
+            fake_pool.remove("cli-talker")
             os.write(ours, b"two\n")
             until(ours, "is not registered")
-            fake_pool.register("talker", fake=True)
-            fake_pool.wait_active("talker")
+            fake_pool.register("cli-talker", fake=True)
+            fake_pool.wait_active("cli-talker")
             os.write(ours, b"\x1b[A\x1b[A\n")  # two up: the question before the last
             until(ours, "You said: one")
             os.write(ours, b"/bye\n")

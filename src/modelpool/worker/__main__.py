@@ -161,7 +161,7 @@ async def _run(
             process.announce(process.Ready(url))
             log.info("serving at %s", url)
             await ending.wait()
-            log.info("ending")
+            log.info("ending; requests in flight have up to %g s, a second signal ends at once", _END_DRAIN_S)
             registering.cancel()
             supervisor.take_no_more_orders()
             await registration.unregister()
