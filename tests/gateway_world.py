@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instances
+from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.listener import Listener, listening
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
-from modelpool.messages.routing import ModelEntry, Route, Snapshot, Unavailable
+from modelpool.messages.routing import KeyEntry, Keys, ModelEntry, Route, Snapshot, Unavailable
 from modelpool.relay import Deadlines, Endpoint, Pools
 from modelpool.tcp import bind_tcp
 
@@ -53,6 +55,16 @@ def snapshot_of(*entries: ModelEntry, epoch: str = "e1", sequence: int = 1) -> S
     return Snapshot(epoch=epoch, sequence=sequence, models={each.alias: each for each in entries})
 
 
+def key(secret: str, **more: Any) -> KeyEntry:
+    """A live key with this secret; the name it goes by is `id`, unless told otherwise."""
+    given = {"id": "key-1", **more}
+    return KeyEntry(name=given.pop("name", given["id"]), digest=sha256(secret.encode()).hexdigest(), **given)
+
+
+def keys_of(*keys: KeyEntry, required: bool | None = None, epoch: str = "e1", sequence: int = 1) -> Keys:
+    return Keys(epoch=epoch, sequence=sequence, required=bool(keys) if required is None else required, keys=keys)
+
+
 class World:
     """A gateway and what it is made of."""
 
@@ -64,9 +76,11 @@ class World:
         feed: SnapshotFeed,
         stored: StoredResponses,
         listener: Listener,
+        keys: KeyRing,
     ) -> None:
         self.stored = stored
         self.endpoint = endpoint
+        self.keys = keys
         self.table = table
         self.instances = instances
         self.feed = feed
@@ -200,16 +214,22 @@ async def gateway(
     follow: bool = False,
     remembered: int = 100,
     deadlines: Deadlines = Deadlines(),
+    keys: Iterable[KeyEntry] = (),
+    require_key: bool = False,
 ) -> AsyncIterator[World]:
     """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
     upstreams, controls = Pools(connect_timeout_s=1.0), Pools(connect_timeout_s=1.0)
     control = controls.pool(Endpoint.unix((home or Path("/nonexistent")) / "control.sock"))
     instances = Instances(upstreams, TOKEN)
     table = Table(instances)
-    feed = SnapshotFeed(table, control)
+    ring = KeyRing()
+    feed = SnapshotFeed(table, ring, control)
     if not follow:
         table.apply(snapshot_of(*entries))
-    access = Access(api_key=api_key, admin_key=ADMIN_KEY, cluster_token=TOKEN, local=local)
+        ring.apply(keys_of(*keys))
+    access = Access(
+        api_key=api_key, admin_key=ADMIN_KEY, cluster_token=TOKEN, local=local, keys=ring, require_key=require_key
+    )
     stored = StoredResponses(remembered)
     inference = Inference(table, stored, deadlines)
     app = GatewayApp(access, table, feed, inference, Responses(table, inference, stored), Control(control))
@@ -217,7 +237,7 @@ async def gateway(
     async with asyncio.TaskGroup() as tasks:
         following = [tasks.create_task(feed.follow())] if follow else []
         async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:
-            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener)
+            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener, ring)
         for task in following:
             task.cancel()
     upstreams.close()

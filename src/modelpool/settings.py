@@ -34,6 +34,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """They share the port, the limits, and what they know of the instances' load."""
     api_key: str = ""
     """Clients must send it once it is set. Needed for any address but loopback."""
+    require_key: bool = False
+    """Serve nobody without a key, also while none was made. Enough for an address beyond loopback."""
     insecure_no_auth: bool = False
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 << 20
     connect_timeout_s: Seconds = 5.0
@@ -131,6 +133,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("SERVE_PORT", "gateway.port"),
     ("MODELPOOL_GATEWAY_PROCESSES", "gateway.processes"),
     ("MODELPOOL_API_KEY", "gateway.api_key"),
+    ("MODELPOOL_REQUIRE_KEY", "gateway.require_key"),
     ("MODELPOOL_INSECURE_NO_AUTH", "gateway.insecure_no_auth"),
     ("MODELPOOL_MAX_BODY_BYTES", "gateway.max_body_bytes"),
     ("MODELPOOL_CONNECT_TIMEOUT", "gateway.connect_timeout_s"),

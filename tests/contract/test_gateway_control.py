@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from modelpool.messages.routing import Delta, ModelEntry, Update
-from tests.gateway_world import ADMIN_KEY, TOKEN, World, chat, entry, gateway, request, snapshot_of
+from tests.gateway_world import ADMIN_KEY, TOKEN, World, chat, entry, gateway, keys_of, request, snapshot_of
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
 CHUNKED_OK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -24,6 +24,7 @@ class Manager:
         self.followers: set[asyncio.StreamWriter] = set()
         self.followed = asyncio.Event()
         self.requests: list[tuple[bytes, bytes]] = []
+        self.keys = keys_of()
         self.first: Update | bytes = snapshot_of()
         self.answer = response(b'{"from": "manager"}', "Content-Type: application/json")
 
@@ -31,7 +32,7 @@ class Manager:
         while True:
             head, body = await read_message(reader)
             if head.startswith(b"GET /snapshots "):
-                writer.write(CHUNKED_OK + chunk(_line(self.first)))
+                writer.write(CHUNKED_OK + chunk(_line(self.keys)) + chunk(_line(self.first)))
                 self.followers.add(writer)
                 self.followed.set()
                 await gone(reader)

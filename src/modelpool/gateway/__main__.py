@@ -21,6 +21,7 @@ from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
+from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.listener import listening
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
@@ -63,8 +64,14 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, and then until what is being served has ended, or a second signal came."""
     gateway = settings.gateway
     token = settings.token or home.cluster_token()
+    keys = KeyRing()
     access = Access(
-        api_key=gateway.api_key, admin_key=home.admin_key(), cluster_token=token, local=is_loopback(gateway.host)
+        api_key=gateway.api_key,
+        admin_key=home.admin_key(),
+        cluster_token=token,
+        local=is_loopback(gateway.host),
+        keys=keys,
+        require_key=gateway.require_key,
     )
     ending = ending_signal()
     async with AsyncExitStack() as stack:
@@ -73,7 +80,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         controls = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
         control = controls.pool(Endpoint.unix(home.control_socket))
         table = Table(Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None))
-        feed = SnapshotFeed(table, control)
+        feed = SnapshotFeed(table, keys, control)
         stored = StoredResponses(gateway.responses_remembered)
         inference = Inference(table, stored, _deadlines(gateway))
         app = GatewayApp(access, table, feed, inference, Responses(table, inference, stored), Control(control))

@@ -12,6 +12,7 @@ from modelpool.gateway.auth import Access
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
+from modelpool.gateway.keys import Caller
 from modelpool.gateway.request import Request
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.routes import Kind, match
@@ -65,13 +66,20 @@ class GatewayApp:
         elif route.kind is Kind.CONTROL:
             await self._control.serve(request, route, client)
         elif route.kind is Kind.MODELS:
-            _answer(client, {"object": "list", "data": [_card(entry) for entry in self._table.entries()]})
+            _answer(client, {"object": "list", "data": self._cards(request.caller)})
         elif route.kind is Kind.MODEL:
-            _answer(client, _card(self._table.model(_text(route.path)).entry))
+            alias = _text(route.path)
+            if request.caller is not None:
+                request.caller.check(alias)
+            _answer(client, _card(self._table.model(alias).entry))
         elif route.kind is Kind.HEALTH:
             _answer(client, self._health())
         else:
             _answer(client, {"name": "Model Pool", "version": __version__, "models": "/v1/models", "health": "/health"})
+
+    def _cards(self, caller: Caller | None) -> list[ModelCard]:
+        """Those that the caller may use."""
+        return [_card(entry) for entry in self._table.entries() if caller is None or caller.may_use(entry.alias)]
 
     def _health(self) -> dict[str, object]:
         """Always ok: that the gateway answers. How far it can be trusted is in the age of what it routes by."""

@@ -44,6 +44,8 @@ class Inference:
     async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
         """Raises PoolError before the first byte of an answer."""
         alias = _model_of_form(request) if route.kind is Kind.FORM else model_of(request.body)
+        if request.caller is not None:
+            request.caller.check(alias)
         tried: list[Instance] = []
         while True:
             instance, _ = self._table.model(alias).choose(tried)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelpool.errors import PoolError
+from modelpool.gateway.keys import Caller
 from modelpool.gateway.routes import Route
 
 
@@ -10,10 +11,23 @@ class Request:
     """One request. `path` and `query` (with its question mark) are as sent; header names are in lower case.
 
     `by_name` holds each header's last value. `route` and `refusal` are set when the head is there: what it is for, or
-    why it is refused. `body` is whole by the time the request is served.
+    why it is refused; `caller` then too, for those with a managed API key. `body` is whole by the time the request is
+    served.
     """
 
-    __slots__ = ("body", "by_name", "headers", "http10", "keep_alive", "method", "path", "query", "refusal", "route")
+    __slots__ = (
+        "body",
+        "by_name",
+        "caller",
+        "headers",
+        "http10",
+        "keep_alive",
+        "method",
+        "path",
+        "query",
+        "refusal",
+        "route",
+    )
 
     def __init__(
         self, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], *, http10: bool, keep_alive: bool
@@ -27,6 +41,7 @@ class Request:
         self.keep_alive = keep_alive
         self.body = b""
         self.route: Route | None = None
+        self.caller: Caller | None = None
         self.refusal: PoolError | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Keeps the routing table as the manager says: follows its stream of snapshots, and opens it again when it breaks."""
+"""Keeps routing table and keys as the manager says: follows its stream of updates, and opens it again when it ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from contextlib import suppress
 import msgspec
 
 from modelpool.errors import PoolError
+from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.table import Gap, Table
-from modelpool.messages.routing import KEEPALIVE_S, Update
+from modelpool.messages.routing import KEEPALIVE_S, Keys, KeysDelta, Update
 from modelpool.relay import Pool, Response, encode_request, fetch, fixed_headers
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,11 @@ class Broken(Exception):
 
 
 class SnapshotFeed:
-    """Follows the manager. While it is away the table stays as it was last."""
+    """Follows the manager. While it is away table and keys stay as they were last."""
 
-    def __init__(self, table: Table, control: Pool) -> None:
+    def __init__(self, table: Table, keys: KeyRing, control: Pool) -> None:
         self._table = table
+        self._keys = keys
         self._control = control
         self._decoder: msgspec.json.Decoder[Update] = msgspec.json.Decoder(Update)
         self.heard_at: float | None = None
@@ -77,9 +79,13 @@ class SnapshotFeed:
 
     def _apply(self, line: bytes) -> None:
         try:
-            self._table.apply(self._decoder.decode(line))
+            update = self._decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken(f"its snapshot makes no sense: {error}") from error
+        if isinstance(update, Keys | KeysDelta):
+            self._keys.apply(update)
+            return
+        self._table.apply(update)
         self._first.set()
         if not self.connected:
             self.connected = True

@@ -9,7 +9,7 @@ from modelpool.core.routing.choice import Reason, least_loaded
 from modelpool.core.routing.nearest import nearest
 from modelpool.errors import CapacityError, ManagerAway, ModelNotFound, ModelNotReady, NoAvailableWorker
 from modelpool.gateway.instances import Instance, Instances
-from modelpool.messages.routing import Delta, ModelEntry, Snapshot, Unavailable, Update
+from modelpool.messages.routing import Delta, ModelEntry, RoutingUpdate, Snapshot, Unavailable
 
 RETRY_S = 1.0
 _NAME_SHOWN_MAX = 128
@@ -88,7 +88,7 @@ class Table:
         self._must_be_known()
         return [instance for model in self._models.values() for instance in model.instances]
 
-    def apply(self, update: Update) -> None:
+    def apply(self, update: RoutingUpdate) -> None:
         """Raises Gap, having changed nothing."""
         if isinstance(update, Snapshot):
             self._models = {alias: self._adopt(entry) for alias, entry in update.models.items()}

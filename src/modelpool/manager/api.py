@@ -14,6 +14,7 @@ from modelpool.control_http import answer, body_schema, render_errors
 from modelpool.errors import BodyTooLarge
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
+from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec, decode_body
 from modelpool.messages.workers import Heartbeat, RegisterWorker
 
@@ -29,6 +30,7 @@ def control_app(manager: ManagerPort) -> FastAPI:
     render_errors(app)
     _add_model_routes(app, manager)
     _add_worker_routes(app, manager)
+    _add_key_routes(app, manager)
 
     @app.get("/health")
     async def health() -> Response:
@@ -96,6 +98,20 @@ def _add_worker_routes(app: FastAPI, manager: ManagerPort) -> None:
     async def unregister(worker_id: str) -> Response:
         await manager.unregister_worker(worker_id)
         return answer({"status": "success"})
+
+
+def _add_key_routes(app: FastAPI, manager: ManagerPort) -> None:
+    @app.post("/admin/keys", openapi_extra=body_schema(KeySpec))
+    async def make_key(request: Request) -> Response:
+        return answer(await manager.make_key(decode_body(await request.body(), KeySpec)))
+
+    @app.get("/admin/keys")
+    async def keys() -> Response:
+        return answer({"keys": await manager.keys()})
+
+    @app.delete("/admin/keys/{id}")
+    async def revoke_key(id: str) -> Response:
+        return answer(await manager.revoke_key(id))
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -22,9 +22,11 @@ from modelpool.core import pool as core
 from modelpool.core.reconcile import Effect, Start, Stop, next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
+from modelpool.manager.keys import KeyRegister
 from modelpool.manager.store import Store
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
+from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import KEEPALIVE_S, Delta, ModelEntry, Snapshot, Update
 from modelpool.messages.workers import (
@@ -93,11 +95,13 @@ class Manager:
         self._published: dict[str, ModelEntry] | None = None
         self._sequence = 0
         self._subscribers: set[asyncio.Queue[Update]] = set()
+        self._keys = KeyRegister(store, epoch=self._epoch, tell=self._send)
 
     # ------------------------------------------------------------ its life
 
     async def recall(self, policy: core.Policy, recovery_s: float) -> None:
         """Read the store. Workers known from before are awaited, so that what they run is adopted, not doubled."""
+        await self._keys.recall()
         now = _now()
         awaited = frozenset(await self._store.worker_ids())
         self._pool = core.Pool(policy=policy, awaited=awaited, recover_until=now + recovery_s)
@@ -262,6 +266,21 @@ class Manager:
         view = self._view(name)
         raise InstanceNotFound(f"Nothing runs `{name}`, so there is no log of it: {view.reason}.")
 
+    # ------------------------------------------------------------ keys
+
+    async def make_key(self, spec: KeySpec) -> KeyMade:
+        made = await self._keys.make(spec)
+        await self._told_gateways()
+        return made
+
+    async def keys(self) -> list[KeyView]:
+        return self._keys.views()
+
+    async def revoke_key(self, id: str) -> KeyView:
+        view = await self._keys.revoke(id)
+        await self._told_gateways()
+        return view
+
     # ------------------------------------------------------------ workers
 
     async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
@@ -405,9 +424,12 @@ class Manager:
     async def snapshots(self) -> AsyncIterator[Update | None]:
         queue: asyncio.Queue[Update] = asyncio.Queue(_SUBSCRIBER_BACKLOG)
         self._subscribers.add(queue)
+        whole: list[Update] = [self._keys.update()]
+        if self._published is not None:
+            whole.append(self._snapshot())
         try:
-            if self._published is not None:
-                yield self._snapshot()
+            for update in whole:
+                yield update
             while queue in self._subscribers or not queue.empty():
                 try:
                     async with asyncio.timeout(KEEPALIVE_S):

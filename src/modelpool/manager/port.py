@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
+from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Update
 from modelpool.messages.workers import Heartbeat, HeartbeatAnswer, RegisterWorker
@@ -41,8 +42,17 @@ class ManagerPort(Protocol):
     async def unregister_worker(self, worker_id: str) -> None:
         """A worker ends, and its instances with it. Raises WorkerNotFound."""
 
+    async def make_key(self, spec: KeySpec) -> KeyMade:
+        """Make an API key, which works when this returns. Raises Conflict where a live one has its name."""
+
+    async def keys(self) -> list[KeyView]:
+        """All keys that were ever made."""
+
+    async def revoke_key(self, id: str) -> KeyView:
+        """The key opens nothing any more when this returns. Raises KeyNotFound."""
+
     def snapshots(self) -> AsyncIterator[Update | None]:
-        """The routing table, first whole, then changes; None where there was nothing for KEEPALIVE_S."""
+        """Keys and routing table, first whole, then changes; None where there was nothing for KEEPALIVE_S."""
 
     def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
         """The log of a model's instance (of the first one, or of one named `alias-rN`). Raises ModelNotFound."""

@@ -1,4 +1,4 @@
-"""What survives the manager: registered models, the workers that were known, and the epoch."""
+"""What survives the manager: registered models, API keys, the workers that were known, and the epoch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import sqlalchemy as sa
@@ -14,11 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from modelpool.errors import PoolFault
+from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
+_OPENED_AS_THEY_ARE = (1,)
+"""Older schemas that lack tables only, which are made."""
 _metadata = sa.MetaData()
 _meta = sa.Table(
     "meta",
@@ -41,6 +44,17 @@ _workers = sa.Table(
 )
 
 
+_keys = sa.Table(
+    "keys",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, nullable=False, unique=True),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("created", sa.Integer, nullable=False),
+    sa.Column("revoked", sa.Integer),
+)
+
+
 class StoreError(PoolFault):
     """The store cannot be read or written; what was asked for was not done."""
 
@@ -60,6 +74,26 @@ def _stored_model(alias: str, spec: object, created: int) -> StoredModel | None:
     except msgspec.ValidationError as error:
         log.error("the stored model `%s` is left out: %s", alias, error)
         return None
+
+
+class StoredKey(msgspec.Struct, frozen=True, kw_only=True):
+    """`digest`: SHA-256 of the secret, in hex. Times are in seconds since 1970."""
+
+    id: str
+    digest: str
+    spec: KeySpec
+    created: int
+    revoked: int | None = None
+
+
+def _stored_key(row: sa.Row[Any]) -> StoredKey | None:
+    """A row as a key. One that this version cannot read opens nothing."""
+    try:
+        spec = msgspec.convert(row.spec, KeySpec)
+    except msgspec.ValidationError as error:
+        log.error("the stored key %s is left out: %s", row.id, error)
+        return None
+    return StoredKey(id=row.id, digest=row.digest, spec=spec, created=row.created, revoked=row.revoked)
 
 
 class Store:
@@ -91,6 +125,28 @@ class Store:
     async def remove_model(self, alias: str) -> None:
         async with _transaction(self._engine) as connection:
             await connection.execute(sa.delete(_models).where(_models.c.alias == alias))
+
+    async def keys(self) -> list[StoredKey]:
+        """All keys that were ever made, in the order of their making."""
+        async with _transaction(self._engine) as connection:
+            rows = await connection.execute(sa.select(_keys).order_by(_keys.c.created, _keys.c.id))
+            stored = [_stored_key(row) for row in rows]
+            return [each for each in stored if each is not None]
+
+    async def has_keys(self) -> bool:
+        """Whether one was ever made, readable or not."""
+        async with _transaction(self._engine) as connection:
+            return (await connection.execute(sa.select(_keys.c.id).limit(1))).first() is not None
+
+    async def add_key(self, key: StoredKey) -> None:
+        raw = json.loads(msgspec.json.encode(key.spec))
+        async with _transaction(self._engine) as connection:
+            values = {"id": key.id, "digest": key.digest, "spec": raw, "created": key.created, "revoked": key.revoked}
+            await connection.execute(sa.insert(_keys).values(**values))
+
+    async def revoke_key(self, id: str, revoked: int) -> None:
+        async with _transaction(self._engine) as connection:
+            await connection.execute(sa.update(_keys).where(_keys.c.id == id).values(revoked=revoked))
 
     async def worker_ids(self) -> list[str]:
         async with _transaction(self._engine) as connection:
@@ -125,6 +181,8 @@ async def open_store(url: str) -> AsyncIterator[Store]:
             row = (await connection.execute(sa.select(_meta.c.value).where(_meta.c.name == "schema"))).first()
             if row is None:
                 await connection.execute(sa.insert(_meta).values(name="schema", value=_SCHEMA_VERSION))
+            elif row.value in _OPENED_AS_THEY_ARE:
+                await connection.execute(sa.update(_meta).where(_meta.c.name == "schema").values(value=_SCHEMA_VERSION))
             elif row.value != _SCHEMA_VERSION:
                 raise StoreError(f"The store is of schema {row.value}; this version knows {_SCHEMA_VERSION}.")
         yield Store(engine)

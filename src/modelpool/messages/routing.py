@@ -1,7 +1,9 @@
-"""Manager → gateway: the routing snapshot, pushed as lines of JSON on `GET /snapshots` of the control socket.
+"""Manager → gateway: the routing snapshot and the API keys, pushed as lines of JSON on `GET /snapshots` of the
+control socket.
 
-First a Snapshot, then Deltas whose `sequence` each follows the one before within the same `epoch`. A gap, or another
-epoch, means that something was missed: the gateway closes the stream and opens it again, which brings a new Snapshot.
+First Keys, then a Snapshot, then Deltas and KeysDeltas. The `sequence` of a delta follows the one before of its own
+kind within the same `epoch`. A gap, or another epoch, means that something was missed: the gateway closes the stream
+and opens it again, which brings everything anew. A manager that waits for its workers has no Snapshot yet, but Keys.
 An empty line is a keepalive.
 """
 
@@ -58,4 +60,36 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     removed: tuple[str, ...] = ()
 
 
-Update = Snapshot | Delta
+class KeyEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A live API key. `digest` is the SHA-256 of its secret, in hex; without `models` it may use all."""
+
+    id: str
+    name: str
+    digest: str
+    models: tuple[str, ...] = ()
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrency: int | None = None
+    priority: int = 0
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True, tag="keys"):
+    """All live keys. `required`: one was made once, so nothing is open any more, even if all were revoked."""
+
+    epoch: str
+    sequence: int
+    required: bool
+    keys: tuple[KeyEntry, ...] = ()
+
+
+class KeysDelta(msgspec.Struct, frozen=True, kw_only=True, tag="keys_delta"):
+    epoch: str
+    sequence: int
+    made: tuple[KeyEntry, ...] = ()
+    revoked: tuple[str, ...] = ()
+    """Their ids."""
+
+
+RoutingUpdate = Snapshot | Delta
+KeysUpdate = Keys | KeysDelta
+Update = RoutingUpdate | KeysUpdate

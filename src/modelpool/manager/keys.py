@@ -1,0 +1,119 @@
+"""The API keys of a pool: made, listed, revoked; and what the gateways are told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from modelpool.errors import Conflict, NotFound
+from modelpool.manager.store import Store, StoredKey
+from modelpool.messages.keys import ID_PREFIX, SECRET_PREFIX, KeyMade, KeySpec, KeyView
+from modelpool.messages.routing import KeyEntry, Keys, KeysDelta
+
+log = logging.getLogger(__name__)
+
+
+class KeyNotFound(NotFound):
+    code = "key_not_found"
+
+
+class KeyRegister:
+    """All keys that were ever made. A change is in the store before it is told, and told before its caller is."""
+
+    def __init__(self, store: Store, *, epoch: str, tell: Callable[[KeysDelta], None]) -> None:
+        self._store = store
+        self._epoch = epoch
+        self._tell = tell
+        self._sequence = 0
+        self._required = False
+        self._keys: dict[str, StoredKey] = {}
+        self._writing = asyncio.Lock()
+
+    async def recall(self) -> None:
+        self._required = await self._store.has_keys()
+        self._keys = {key.id: key for key in await self._store.keys()}
+
+    async def make(self, spec: KeySpec) -> KeyMade:
+        """Raises Conflict where a live key has that name."""
+        secret = SECRET_PREFIX + secrets.token_urlsafe(32)
+        async with self._writing:
+            if any(key.spec.name == spec.name for key in self._keys.values() if key.revoked is None):
+                raise Conflict(
+                    f"There is a live key named `{spec.name}`. Revoke it first, or use another name.",
+                    param="name",
+                    code="name_taken",
+                )
+            key = StoredKey(
+                id=ID_PREFIX + secrets.token_hex(8),
+                digest=hashlib.sha256(secret.encode()).hexdigest(),
+                spec=spec,
+                created=int(time.time()),
+            )
+            await self._store.add_key(key)
+            self._keys[key.id] = key
+            self._required = True
+            self._changed(made=(_entry(key),))
+        log.info("made the key %s (%s)", key.id, spec.name)
+        return KeyMade(key=_view(key), secret=secret)
+
+    async def revoke(self, id: str) -> KeyView:
+        """Once and for all; again changes nothing. Raises KeyNotFound."""
+        async with self._writing:
+            key = self._keys.get(id)
+            if key is None:
+                close = difflib.get_close_matches(id, self._keys, 1)
+                hint = f" Did you mean `{close[0]}`?" if close else " GET /admin/keys lists them."
+                raise KeyNotFound(f"There is no key `{id}`.{hint}")
+            if key.revoked is None:
+                revoked = int(time.time())
+                await self._store.revoke_key(id, revoked)
+                self._keys[id] = key = msgspec.structs.replace(key, revoked=revoked)
+                self._changed(revoked=(id,))
+                log.info("revoked the key %s (%s)", id, key.spec.name)
+            return _view(key)
+
+    def views(self) -> list[KeyView]:
+        return [_view(key) for key in self._keys.values()]
+
+    def update(self) -> Keys:
+        """What a gateway that begins to follow is told."""
+        live = tuple(_entry(key) for key in self._keys.values() if key.revoked is None)
+        return Keys(epoch=self._epoch, sequence=self._sequence, required=self._required, keys=live)
+
+    def _changed(self, *, made: tuple[KeyEntry, ...] = (), revoked: tuple[str, ...] = ()) -> None:
+        self._sequence += 1
+        self._tell(KeysDelta(epoch=self._epoch, sequence=self._sequence, made=made, revoked=revoked))
+
+
+def _entry(key: StoredKey) -> KeyEntry:
+    return KeyEntry(
+        id=key.id,
+        name=key.spec.name,
+        digest=key.digest,
+        models=key.spec.models,
+        requests_per_minute=key.spec.requests_per_minute,
+        tokens_per_minute=key.spec.tokens_per_minute,
+        max_concurrency=key.spec.max_concurrency,
+        priority=key.spec.priority,
+    )
+
+
+def _view(key: StoredKey) -> KeyView:
+    return KeyView(
+        id=key.id,
+        name=key.spec.name,
+        models=key.spec.models,
+        requests_per_minute=key.spec.requests_per_minute,
+        tokens_per_minute=key.spec.tokens_per_minute,
+        max_concurrency=key.spec.max_concurrency,
+        priority=key.spec.priority,
+        created=key.created,
+        revoked=key.revoked,
+    )
