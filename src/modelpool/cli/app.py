@@ -20,7 +20,7 @@ from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
 from modelpool.cli.client import PoolClient, Trouble, fail, local_address
 from modelpool.cli.command import program
-from modelpool.cli.tables import instances_table, models_table, status_line, workers_table
+from modelpool.cli.tables import instances_table, keys_table, models_table, status_line, workers_table
 from modelpool.cli.waiting import is_ready, wait
 from modelpool.home import AlreadyRunning
 from modelpool.messages.admin import ModelView
@@ -34,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+keys_app = typer.Typer(name="keys", help="API keys for clients.", no_args_is_help=True)
+app.add_typer(keys_app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 UrlOption = Annotated[str | None, typer.Option("--url", envvar="MODELPOOL_URL", help="The pool's address.")]
@@ -60,6 +63,7 @@ def up_command(
     ] = None,
     manager_port: Annotated[int | None, typer.Option(help="The manager's TCP port.")] = None,
     api_key: Annotated[str | None, typer.Option(help="What clients must send. Needed beyond loopback.")] = None,
+    require_key: Annotated[bool, typer.Option("--require-key", help="Serve nobody without a key.")] = False,
     insecure_no_auth: Annotated[bool, typer.Option("--insecure-no-auth", help="Serve beyond loopback openly.")] = False,
     no_demo: Annotated[bool, typer.Option("--no-demo", help="Leave the demo model out.")] = False,
     config: ConfigOption = None,
@@ -75,6 +79,7 @@ def up_command(
             "gateway.port": port,
             "gateway.processes": gateway_processes,
             "gateway.api_key": api_key,
+            "gateway.require_key": require_key or None,
             "gateway.insecure_no_auth": insecure_no_auth or None,
             "manager.host": manager_host,
             "manager.port": manager_port,
@@ -275,6 +280,64 @@ def logs_command(
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
+
+
+@keys_app.command("create")
+def create_key_command(
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="It may use this alias; all, if none is given.")
+    ] = None,
+    rpm: Annotated[int | None, typer.Option("--rpm", help="Requests per minute.")] = None,
+    tpm: Annotated[int | None, typer.Option("--tpm", help="Tokens per minute.")] = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", help="Requests at once.")] = None,
+    priority: Annotated[int, typer.Option("--priority", help="The higher, the sooner its requests leave a queue.")] = 0,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a key. Its secret is shown now and never again; from the first key on, nobody is served without one."""
+    body = {
+        "name": name,
+        "models": model or [],
+        "requests_per_minute": rpm,
+        "tokens_per_minute": tpm,
+        "max_concurrency": concurrency,
+        "priority": priority,
+    }
+    with _client(url) as client:
+        made = client.make_key(body)
+    if json:
+        _print_json(made)
+        return
+    print(made.secret)
+    Console(stderr=True).print(
+        f"[dim]The key {made.key.id} of {escape(name)}. Keep its secret: it is shown only now.[/]", highlight=False
+    )
+
+
+@keys_app.command("ls")
+def list_keys_command(
+    all_: Annotated[bool, typer.Option("--all", help="Those that were revoked, too.")] = False,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List the keys and what each may do."""
+    with _client(url) as client:
+        made = client.keys()
+    keys = [key for key in made if all_ or key.revoked is None]
+    _print(keys, json, lambda: keys_table(keys) if keys else f"No key is there: see `{program()} keys create`.")
+
+
+@keys_app.command("revoke")
+def revoke_key_command(
+    key: Annotated[str, typer.Argument(help="Its id, or the name of a live one.")],
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Revoke a key: no new request of it is served; what runs is let finish."""
+    with _client(url) as client:
+        revoked = client.revoke_key(key)
+    _print(revoked, json, lambda: f"revoked {revoked.id} ({escape(revoked.name)})")
 
 
 def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:

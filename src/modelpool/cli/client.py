@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
+from modelpool.messages.keys import KeyMade, KeyView
 from modelpool.settings import Settings, pool_url
 
 T = TypeVar("T")
@@ -101,6 +102,18 @@ class PoolClient:
     def status(self) -> PoolStatus:
         return self._decoded(self._request("GET", "/admin/status"), PoolStatus)
 
+    def make_key(self, body: dict[str, Any]) -> KeyMade:
+        return self._decoded(self._request("POST", "/admin/keys", json=body), KeyMade)
+
+    def keys(self) -> tuple[KeyView, ...]:
+        return self._decoded(self._request("GET", "/admin/keys"), _KeyList).keys
+
+    def revoke_key(self, name_or_id: str) -> KeyView:
+        """The key of that id, or else the live one of that name."""
+        named = [key for key in self.keys() if key.revoked is None and key.name == name_or_id]
+        id = named[0].id if named else name_or_id
+        return self._decoded(self._request("DELETE", f"/admin/keys/{quote(id, safe='')}"), KeyView)
+
     @contextmanager
     def logs(self, alias: str, *, tail: int, follow: bool) -> Iterator[Iterator[str]]:
         """The text of a model's log, piece by piece."""
@@ -156,6 +169,10 @@ class PoolClient:
 
 class _Registered(msgspec.Struct, frozen=True):
     routing: ModelView
+
+
+class _KeyList(msgspec.Struct, frozen=True):
+    keys: tuple[KeyView, ...]
 
 
 def local_address(settings: Settings) -> PoolAddress | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 
 from rich.text import Text
 
 from modelpool.cli.listing import Listing, natural
 from modelpool.core.lifecycle import InstanceState
 from modelpool.messages.admin import InstanceView, ModelView, PoolStatus, WorkerView
+from modelpool.messages.keys import KeyView
 from modelpool.messages.workers import Device, Progress
 
 _COLOUR = {
@@ -65,6 +67,27 @@ def workers_table(workers: Iterable[WorkerView]) -> Listing:
             _dim("; ".join([worker.reason, *problems] if worker.reason else problems)),
         )
     return table
+
+
+def keys_table(keys: Iterable[KeyView]) -> Listing:
+    """One line a key; – where there is no limit."""
+    table = Listing("NAME", "ID", "MODELS", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "PRIORITY", "MADE", "REVOKED")
+    for key in keys:
+        limits = (key.requests_per_minute, key.tokens_per_minute, key.max_concurrency)
+        table.add_row(
+            key.name,
+            key.id,
+            ", ".join(key.models) or "all",
+            *("–" if limit is None else str(limit) for limit in limits),
+            str(key.priority),
+            _day(key.created),
+            "–" if key.revoked is None else Text(_day(key.revoked), style="red"),
+        )
+    return table
+
+
+def _day(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def status_line(status: PoolStatus) -> str:
