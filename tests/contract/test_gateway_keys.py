@@ -6,12 +6,14 @@ import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from modelpool.home import Home
 from modelpool.messages.routing import KeysDelta
 from tests.contract.test_gateway_control import Manager
 from tests.contract.test_gateway_process import Gateway, started
+from tests.contract.test_gateway_responses import fakes
 from tests.gateway_world import ADMIN_KEY, Answer, World, chat, entry, gateway, key, keys_of, request, snapshot_of
 from tests.wire import chunk, on_uvloop, read_message, response, serving
 
@@ -73,6 +75,24 @@ async def test_a_key_sees_and_uses_its_models_only_and_learns_of_no_other() -> N
             assert len(engine.heads) == 1
             everything = await world.ask(request("GET", "/v1/models", headers=bearer(ADMIN_KEY)))
             assert len(everything.json["data"]) == 3
+
+
+@on_uvloop
+async def test_a_key_reaches_no_response_of_a_model_it_may_not_use() -> None:
+    async with fakes(1) as endpoints:
+        keys = [key("mp-a", id="key-a"), key("mp-b", id="key-b", models=("other",))]
+        async with gateway(entry("m", endpoints), entry("other", []), keys=keys) as world:
+
+            def responses(method: str, secret: str, path: str = "", **body: object) -> bytes:
+                fields = {"Content-Type": "application/json", **bearer(secret)}
+                return request(method, f"/v1/responses{path}", msgspec.json.encode(body) if body else b"", fields)
+
+            made = (await world.ask(responses("POST", "mp-a", model="m", input="x"))).json["id"]
+            assert (await world.ask(responses("GET", "mp-a", f"/{made}"))).status == 200
+            assert (await world.ask(responses("GET", "mp-b", f"/{made}"))).status == 404
+            for body in ({"model": "m"}, {"model": "m", "previous_response_id": made}):
+                refused = await world.ask(responses("POST", "mp-b", input="x", **body))
+                assert (refused.status, refused.code) == (403, "model_not_allowed")
 
 
 @on_uvloop

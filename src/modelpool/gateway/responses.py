@@ -49,7 +49,8 @@ class Responses:
         """Raises PoolError before the first byte of an answer."""
         if route.kind is Kind.RESPONSE:
             response_id = route.path.split(b"/")[3].decode()
-            holder = await self._holder(response_id, self._table.instances(), "response_id")
+            instances = self._table.instances(request.caller.models if request.caller else ())
+            holder = await self._holder(response_id, instances, "response_id")
             await self._inference.serve_at(holder, request, route, client)
         else:
             await self._create(request, route, client)
@@ -61,6 +62,8 @@ class Responses:
         if asked.previous_response_id is None:
             await self._inference.serve(request, route, client)
             return
+        if request.caller is not None:
+            request.caller.check(asked.model)
         instances = self._table.model(asked.model).awake()
         holder = await self._holder(asked.previous_response_id, instances, "previous_response_id")
         await self._inference.serve_at(holder, request, route, client)

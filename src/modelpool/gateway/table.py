@@ -83,10 +83,11 @@ class Table:
         self._must_be_known()
         return [model.entry for model in self._models.values()]
 
-    def instances(self) -> list[Instance]:
-        """All instances of all models. Raises ManagerAway while nothing is known."""
+    def instances(self, aliases: Collection[str] = ()) -> list[Instance]:
+        """All instances of these models, or of all models. Raises ManagerAway while nothing is known."""
         self._must_be_known()
-        return [instance for model in self._models.values() for instance in model.instances]
+        models = [model for alias, model in self._models.items() if not aliases or alias in aliases]
+        return [instance for model in models for instance in model.instances]
 
     def apply(self, update: RoutingUpdate) -> None:
         """Raises Gap, having changed nothing."""
