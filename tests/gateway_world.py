@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.listener import Listener, listening
+from modelpool.gateway.observe.observers import Observers
 from modelpool.gateway.responses import Responses
+from modelpool.gateway.shared import joined
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
@@ -109,9 +112,10 @@ class World:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """`raw` is all of it; `body` has the framing taken off."""
+    """`raw` is all of it but for the request's id; `body` has the framing taken off."""
 
     raw: bytes
+    request_id: str
     status: int
     headers: dict[str, str]
     body: bytes
@@ -148,6 +152,8 @@ class Client:
         head = await self.reader.readuntil(b"\r\n\r\n")
         status_line, *lines = head.decode("latin-1").split("\r\n")[:-2]
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        request_id = headers.pop("x-request-id", "")
+        head = head.replace(f"X-Request-Id: {request_id}\r\n".encode(), b"")
         status = int(status_line.split()[1])
         raw, body = head, b""
         if head_only or status in (204, 304) or status < 200:
@@ -166,7 +172,7 @@ class Client:
         else:
             body = await self.reader.read()
             raw += body
-        return Answer(raw, status, headers, body)
+        return Answer(raw, request_id, status, headers, body)
 
     async def at_end(self) -> bool:
         """Whether the gateway closes now, having said nothing more."""
@@ -213,6 +219,7 @@ async def gateway(
     grace_s: float = 0.1,
     follow: bool = False,
     remembered: int = 100,
+    metrics_open: bool = False,
     deadlines: Deadlines = Deadlines(),
     keys: Iterable[KeyEntry] = (),
     require_key: bool = False,
@@ -232,11 +239,16 @@ async def gateway(
     )
     stored = StoredResponses(remembered)
     inference = Inference(table, stored, deadlines)
-    app = GatewayApp(access, table, feed, inference, Responses(table, inference, stored), Control(control))
     sock: socket.socket = bind_tcp("127.0.0.1", 0, flag="", variable="")
-    async with asyncio.TaskGroup() as tasks:
+    async with AsyncExitStack() as stack:
+        node = stack.enter_context(joined(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        observers = Observers(node, table, instances, metrics_open=metrics_open)
+        responses = Responses(table, inference, stored)
+        app = GatewayApp(access, table, feed, inference, responses, Control(control), observers)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
         following = [tasks.create_task(feed.follow())] if follow else []
         async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:
+            following.append(tasks.create_task(observers.keep_saying(feed, listener)))
             yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener, ring)
         for task in following:
             task.cancel()

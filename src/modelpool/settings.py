@@ -37,6 +37,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     require_key: bool = False
     """Serve nobody without a key, also while none was made. Enough for an address beyond loopback."""
     insecure_no_auth: bool = False
+    metrics_open: bool = False
+    """Anybody may read `/metrics`, keys or not."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 << 20
     connect_timeout_s: Seconds = 5.0
     first_byte_timeout_s: SecondsOrNone = 600.0
@@ -135,6 +137,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_API_KEY", "gateway.api_key"),
     ("MODELPOOL_REQUIRE_KEY", "gateway.require_key"),
     ("MODELPOOL_INSECURE_NO_AUTH", "gateway.insecure_no_auth"),
+    ("MODELPOOL_METRICS_OPEN", "gateway.metrics_open"),
     ("MODELPOOL_MAX_BODY_BYTES", "gateway.max_body_bytes"),
     ("MODELPOOL_CONNECT_TIMEOUT", "gateway.connect_timeout_s"),
     ("MODELPOOL_FIRST_BYTE_TIMEOUT", "gateway.first_byte_timeout_s"),

@@ -23,6 +23,7 @@ from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.listener import listening
+from modelpool.gateway.observe.observers import Observers
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
 from modelpool.gateway.snapshots import SnapshotFeed
@@ -79,15 +80,20 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         upstreams = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
         controls = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
         control = controls.pool(Endpoint.unix(home.control_socket))
-        table = Table(Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None))
+        instances = Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None)
+        table = Table(instances)
         feed = SnapshotFeed(table, keys, control)
         stored = StoredResponses(gateway.responses_remembered)
         inference = Inference(table, stored, _deadlines(gateway))
-        app = GatewayApp(access, table, feed, inference, Responses(table, inference, stored), Control(control))
+        observers = Observers(node, table, instances, metrics_open=gateway.metrics_open)
+        app = GatewayApp(
+            access, table, feed, inference, Responses(table, inference, stored), Control(control), observers
+        )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
         await feed.wait_first(FIRST_SNAPSHOT_S)
-        async with listening(sock, app, Limits(body_bytes=gateway.max_body_bytes), grace_s=GRACE_S):
+        async with listening(sock, app, Limits(body_bytes=gateway.max_body_bytes), grace_s=GRACE_S) as listener:
+            background.append(tasks.create_task(observers.keep_saying(feed, listener)))
             process.announce(process.Ready(url_of(sock)))
             await ending.wait()
             log.info("ending")

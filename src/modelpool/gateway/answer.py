@@ -13,25 +13,32 @@ _MESSAGES = re.compile(rb"^(/v1)?/messages\b")
 
 
 def encode_answer(
-    status: int, body: bytes, headers: Iterable[tuple[str, str]] = (), *, close: bool, head_only: bool
+    status: int,
+    body: bytes,
+    headers: Iterable[tuple[str, str]] = (),
+    *,
+    close: bool,
+    head_only: bool,
+    added: bytes = b"",
+    content_type: str = "application/json",
 ) -> bytes:
-    """A JSON response. `close`: the connection ends after it; `head_only`: the method was HEAD."""
+    """A response. `close`: the connection ends after it; `head_only`: the method was HEAD; `added`: header lines."""
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "Content-Type: application/json",
+        f"Content-Type: {content_type}",
         f"Content-Length: {len(body)}",
         *(f"{name}: {value}" for name, value in headers),
     ]
     if close:
         lines.append("Connection: close")
-    head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    head = "\r\n".join(lines).encode("latin-1") + b"\r\n" + added + b"\r\n"
     return head if head_only else head + body
 
 
-def encode_error(error: PoolError, path: bytes, *, close: bool, head_only: bool) -> bytes:
+def encode_error(error: PoolError, path: bytes, *, close: bool, head_only: bool, added: bytes = b"") -> bytes:
     """The answer to a request for `path` that failed."""
     body = _body(error, path)
-    return encode_answer(error.status, body, error_headers(error), close=close, head_only=head_only)
+    return encode_answer(error.status, body, error_headers(error), close=close, head_only=head_only, added=added)
 
 
 def error_event(error: PoolError, path: bytes, *, chunked: bool) -> bytes:

@@ -8,14 +8,16 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from modelpool import __version__
+from modelpool.errors import PoolError
 from modelpool.gateway.auth import Access
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.keys import Caller
+from modelpool.gateway.observe.observers import Observers
 from modelpool.gateway.request import Request
 from modelpool.gateway.responses import Responses
-from modelpool.gateway.routes import Kind, match
+from modelpool.gateway.routes import Kind, Route, Scope, match
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.messages.routing import ModelEntry
@@ -44,6 +46,7 @@ class GatewayApp:
         inference: Inference,
         responses: Responses,
         control: Control,
+        observers: Observers,
     ) -> None:
         self._access = access
         self._table = table
@@ -51,18 +54,24 @@ class GatewayApp:
         self._inference = inference
         self._responses = responses
         self._control = control
+        self._observers = observers
 
     def admit(self, request: Request) -> None:
+        self._observers.ids.give(request)
         request.route = route = match(request.method, request.path)
-        self._access.check(request, route.scope)
+        open_ = route.kind is Kind.METRICS and self._observers.metrics_open
+        self._access.check(request, Scope.OPEN if open_ else route.scope)
+
+    def refused(self, request: Request | None, error: PoolError) -> bytes:
+        return self._observers.refused(request, error)
 
     async def serve(self, request: Request, client: ClientConnection) -> None:
         route = request.route
         assert route is not None
         if route.kind is Kind.INFERENCE or route.kind is Kind.FORM:
-            await self._inference.serve(request, route, client)
+            await self._infer(self._inference, request, route, client)
         elif route.kind is Kind.RESPONSES or route.kind is Kind.RESPONSE:
-            await self._responses.serve(request, route, client)
+            await self._infer(self._responses, request, route, client)
         elif route.kind is Kind.CONTROL:
             await self._control.serve(request, route, client)
         elif route.kind is Kind.MODELS:
@@ -74,12 +83,29 @@ class GatewayApp:
             _answer(client, _card(self._table.model(alias).entry))
         elif route.kind is Kind.HEALTH:
             _answer(client, self._health())
+        elif route.kind is Kind.METRICS:
+            accept = request.by_name.get(b"accept", b"").decode("latin-1")
+            content_type, text = await self._observers.expose(accept)
+            client.answer(200, text, content_type=content_type)
         else:
             _answer(client, {"name": "Model Pool", "version": __version__, "models": "/v1/models", "health": "/health"})
 
     def _cards(self, caller: Caller | None) -> list[ModelCard]:
         """Those that the caller may use."""
         return [_card(entry) for entry in self._table.entries() if caller is None or caller.may_use(entry.alias)]
+
+    async def _infer(
+        self, service: Inference | Responses, request: Request, route: Route, client: ClientConnection
+    ) -> None:
+        """The journey ends once, whichever way this is left."""
+        request.journey = journey = self._observers.begin(request)
+        try:
+            await service.serve(request, route, client)
+        except BaseException as error:
+            journey.failed(error, answered=client.answered)
+            raise
+        finally:
+            journey.ended()
 
     def _health(self) -> dict[str, object]:
         """Always ok: that the gateway answers. How far it can be trusted is in the age of what it routes by."""

@@ -54,7 +54,10 @@ class Application(Protocol):
     """What the requests are for."""
 
     def admit(self, request: Request) -> None:
-        """Set the request's route, now that its head is there. Raises PoolError to refuse it unread."""
+        """Set the request's id and route, now that its head is there. Raises PoolError to refuse it unread."""
+
+    def refused(self, request: Request | None, error: PoolError) -> bytes:
+        """Told that a request, or what was none, is answered with this unserved. Header lines for the answer."""
 
     async def serve(self, request: Request, client: ClientConnection) -> None:
         """Answer, or raise PoolError to have it rendered. Cancelled when the client leaves."""
@@ -159,11 +162,28 @@ class ClientConnection(asyncio.Protocol):
         """End the connection with the answer that is being written."""
         self._closing = True
 
-    def answer(self, status: int, body: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """The whole answer, JSON, to the request that is being served."""
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: Iterable[tuple[str, str]] = (),
+        *,
+        content_type: str = "application/json",
+    ) -> None:
+        """The whole answer to the request that is being served."""
         request = self._serving
         assert request is not None
-        self.write(encode_answer(status, body, headers, close=self.closes, head_only=request.head_only))
+        self.write(
+            encode_answer(
+                status,
+                body,
+                headers,
+                close=self.closes,
+                head_only=request.head_only,
+                added=request.added,
+                content_type=content_type,
+            )
+        )
 
     @property
     def closes(self) -> bool:
@@ -437,7 +457,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, item: Request | PoolError) -> None:
         if isinstance(item, PoolError):
-            self._send(encode_error(item, self._target, close=True, head_only=False))
+            added = self._app.refused(self._request, item)
+            self._send(encode_error(item, self._target, close=True, head_only=False, added=added))
             self._linger()
             return
         self._serving = item
@@ -456,6 +477,7 @@ class ClientConnection(asyncio.Protocol):
     async def _serve(self, request: Request) -> None:
         try:
             if request.refusal is not None:
+                self._app.refused(request, request.refusal)
                 raise request.refusal
             await self._app.serve(request, self)
         except PoolError as error:
@@ -471,7 +493,9 @@ class ClientConnection(asyncio.Protocol):
             self._closing = True
             self.abort()  # the only way to say that what was sent is not whole
         else:
-            self.write(encode_error(error, request.path, close=self.closes, head_only=request.head_only))
+            self.write(
+                encode_error(error, request.path, close=self.closes, head_only=request.head_only, added=request.added)
+            )
 
     def _served(self) -> None:
         self._task = None

@@ -6,6 +6,7 @@ import logging
 
 import msgspec
 
+from modelpool.core.routing.choice import Reason
 from modelpool.errors import Draining, EngineError, InstanceNotFound, UpstreamFailed, UpstreamTimeout
 from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
@@ -15,6 +16,7 @@ from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Kind, Route
 from modelpool.gateway.stored import LearningPassThrough, StoredResponses
 from modelpool.gateway.table import Table
+from modelpool.messages.models import alias_of
 from modelpool.relay import Deadlines, encode_request
 
 log = logging.getLogger(__name__)
@@ -46,9 +48,13 @@ class Inference:
         alias = _model_of_form(request) if route.kind is Kind.FORM else model_of(request.body)
         if request.caller is not None:
             request.caller.check(alias)
+        journey = request.journey
+        journey.asked(alias)
         tried: list[Instance] = []
         while True:
-            instance, _ = self._table.model(alias).choose(tried)
+            model = self._table.model(alias)
+            instance, reason = model.choose(tried)
+            journey.chose(instance, reason, model.instances)
             with instance.lease() as lease:
                 try:
                     lease.worked = await self._send(request, route, instance, client) < 500
@@ -57,11 +63,14 @@ class Inference:
                     lease.worked = False if isinstance(error, EngineError) else None
                     if client.answered or (isinstance(error, EngineError) and error.may_have_run):
                         raise
+                    journey.not_taken(error.code)
                     log.info("%s did not take a request (%s), trying another instance", instance.name, error)
             tried.append(instance)
 
     async def serve_at(self, instance: Instance, request: Request, route: Route, client: ClientConnection) -> None:
         """To this instance and no other."""
+        request.journey.asked(alias_of(instance.name))
+        request.journey.chose(instance, Reason.STORED, (instance,))
         with instance.lease() as lease:
             try:
                 lease.worked = await self._send(request, route, instance, client) < 500
@@ -83,6 +92,7 @@ class Inference:
         )
         if status := await self._attempt(instance, upstream, request, route, client, fresh=False):
             return status
+        request.journey.sent_again("stale_connection")
         try:
             return await self._attempt(instance, upstream, request, route, client, fresh=True)
         except EngineError as error:
@@ -110,6 +120,7 @@ class Inference:
         else:
             sink = PassThrough(request, client, hold=_MAY_SAY_SO)
         exchange = await instance.pool.send(upstream, sink, fresh=fresh)
+        request.journey.sent()
         exchange.deadlines = self._deadlines
         client.attach(exchange)
         try:
@@ -118,8 +129,10 @@ class Inference:
             if not error.may_have_run and not fresh:
                 return 0
             sink.break_off(exchange, error)
+            request.journey.failed(error, answered=True)
             return error.status
         finally:
+            request.journey.passed(sink)
             client.detach()
         if (held := sink.held_body) is not None:
             if _says_not_begun(held):

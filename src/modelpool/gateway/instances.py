@@ -137,6 +137,14 @@ class Instances:
         """Requests of this process in flight to what is routed now."""
         return sum(instance.own for instance in self._by_route.values())
 
+    def breakers(self, now: float) -> dict[str, int]:
+        """By instance, the state of its breaker: 0 closed, 1 open, 2 half open."""
+        states = {}
+        for instance in self._by_route.values():
+            breaker = instance.breaker
+            states[instance.name] = 0 if breaker.closed else 2 if breaker.trying or now >= breaker.until else 1
+        return states
+
     def of(self, route: Route) -> Instance:
         instance = self._by_route.get(route)
         if instance is None:

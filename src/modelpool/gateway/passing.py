@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 from modelpool.errors import EngineError
 from modelpool.gateway.answer import error_event
 from modelpool.gateway.connection import ClientConnection
@@ -17,9 +19,11 @@ class PassThrough:
 
     An answer whose status is in `hold` is held back: it may say that the instance took no notice of the request, which
     the client need not see. `release` lets it go.
+
+    `segments` and `size` count the pieces and bytes of the body, framing included; `first_byte` is the first's time.
     """
 
-    __slots__ = ("_client", "_decoder", "_head", "_held", "_hold", "_request")
+    __slots__ = ("_client", "_decoder", "_head", "_held", "_hold", "_request", "first_byte", "segments", "size")
 
     def __init__(self, request: Request, client: ClientConnection, *, hold: frozenset[int] = frozenset()) -> None:
         self._request = request
@@ -28,15 +32,30 @@ class PassThrough:
         self._head: ResponseHead | None = None
         self._held: bytearray | None = None
         self._decoder: BodyDecoder | None = None
+        self.first_byte = 0.0
+        self.segments = 0
+        self.size = 0
+
+    @property
+    def status(self) -> int:
+        """0 before there is a head."""
+        return 0 if self._head is None else self._head.status
+
+    @property
+    def streamed(self) -> bool:
+        return self._head is not None and self._head.event_stream
 
     def head(self, head: ResponseHead, rest: bytes) -> None:
         self._head = head
+        if rest:
+            self._count(rest)
         if head.status in self._hold:
             self._held = bytearray(rest)
         else:
             self._pass_head(head, rest)
 
     def data(self, data: bytes) -> None:
+        self._count(data)
         if self._held is not None:
             self._held += data
             if len(self._held) > _HELD_MAX:
@@ -46,6 +65,12 @@ class PassThrough:
                 self._client.write(piece)
         else:
             self._client.write(data)
+
+    def _count(self, data: bytes) -> None:
+        if not self.segments:
+            self.first_byte = monotonic()
+        self.segments += 1
+        self.size += len(data)
 
     @property
     def held_body(self) -> bytes | None:
@@ -86,8 +111,8 @@ class PassThrough:
                 self._decoder = BodyDecoder()
                 self._decoder.feed(head.raw)
                 rest = b"".join(self._decoder.feed(rest))
-            client.write(head.rewritten(close=True, framed=False) + rest)
-        elif client.closes or head.names_connection:
-            client.write(head.rewritten(close=client.closes) + rest)
+            client.write(head.rewritten(close=True, framed=False, added=request.added) + rest)
+        elif client.closes or head.names_connection or head.names_request:
+            client.write(head.rewritten(close=client.closes, added=request.added) + rest)
         else:
-            client.write(head.raw + rest)
+            client.write(b"%b%b\r\n%b" % (head.raw[:-2], request.added, rest))

@@ -24,6 +24,7 @@ class Kind(Enum):
     MODELS = auto()
     MODEL = auto()
     HEALTH = auto()
+    METRICS = auto()
     INDEX = auto()
 
 
@@ -66,6 +67,7 @@ INFERENCE = _inference_routes()
 _LOCAL = {
     b"/": Route(Kind.INDEX, Scope.OPEN, b"/"),
     b"/health": Route(Kind.HEALTH, Scope.OPEN, b"/health"),
+    b"/metrics": Route(Kind.METRICS, Scope.ADMIN, b"/metrics"),
     b"/v1/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
     b"/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
 }

@@ -34,12 +34,18 @@ class Node:
         self._used = self.map("slots", SLOTS)
         self._clear: list[Callable[[int], None]] = []
 
-    def map(self, name: str, size: int) -> mmap.mmap:
-        """`size` bytes that all processes see, zero at first. They outlive the processes; unused pages take no room."""
+    def map(self, name: str, size: int, *, own: int = 0) -> mmap.mmap:
+        """`size` bytes that all processes see, zero at first. They outlive the processes; unused pages take no room.
+
+        `own`: the size of a slot's part, of which ours is reserved now. Without room for that there is an OSError here;
+        later a write would end the process.
+        """
         fd = os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if os.fstat(fd).st_size < size:
                 os.ftruncate(fd, size)
+            if own:
+                os.posix_fallocate(fd, self.slot * own, own)
             return mmap.mmap(fd, size)
         finally:
             os.close(fd)

@@ -78,6 +78,9 @@ class Table:
             raise ModelNotFound(shown, nearest(alias, self._models))
         return model
 
+    def has(self, alias: str) -> bool:
+        return alias in self._models
+
     def entries(self) -> list[ModelEntry]:
         """All registered models. Raises ManagerAway while nothing is known."""
         self._must_be_known()

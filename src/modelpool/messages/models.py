@@ -166,3 +166,8 @@ def _shown(raw: Any, path: str) -> str:
             return "another value"
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def alias_of(instance: str) -> str:
+    """The model of an instance of this name: replicas are `alias`, `alias-r2`, …"""
+    return _REPLICA_SUFFIX.sub("", instance)

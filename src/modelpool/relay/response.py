@@ -30,6 +30,11 @@ class ResponseHead:
         return b"\r\nconnection:" in self.lower
 
     @property
+    def names_request(self) -> bool:
+        """Whether the upstream says the request's id; whoever asked it has one of its own to say."""
+        return b"\r\nx-request-id:" in self.lower
+
+    @property
     def chunked(self) -> bool:
         return b"\r\ntransfer-encoding:" in self.lower
 
@@ -52,18 +57,22 @@ class ResponseHead:
             headers.append((name.lower(), value.strip()))
         return headers
 
-    def rewritten(self, *, close: bool, framed: bool = True) -> bytes:
+    def rewritten(self, *, close: bool, framed: bool = True, added: bytes = b"") -> bytes:
         """This head for another connection: headers for one hop left out, `Connection: close` added if it closes.
+
+        With `added` header lines, which have the request's id, the upstream's own id is left out.
 
         Without `framed` chunked framing is announced no more: the caller sends the bare body (to HTTP/1.0 clients).
         """
         headers = self.headers()
         dropped = (HOP_BY_HOP | connection_options(headers)) - ({b"transfer-encoding"} if framed else set())
+        if added:
+            dropped |= {b"x-request-id"}
         lines = [self.raw[: self.raw.index(b"\r\n")]]
         lines += [b"%b: %b" % (name, value) for name, value in headers if name not in dropped]
         if close:
             lines.append(b"Connection: close")
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+        return b"\r\n".join(lines) + b"\r\n" + added + b"\r\n"
 
 
 class BodyDecoder:

@@ -24,6 +24,8 @@ class Reason(StrEnum):
     LEAST_LOADED = "least_loaded"
     TURN = "turn"
     """Others had the same load; it was this one's turn."""
+    STORED = "stored"
+    """It keeps the response that the request goes on from."""
 
 
 C = TypeVar("C", bound=Candidate)
