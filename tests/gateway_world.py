@@ -23,6 +23,7 @@ from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.listener import Listener, listening
 from modelpool.gateway.observe.observers import Observers
+from modelpool.gateway.realtime import Realtime
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
 from modelpool.gateway.snapshots import SnapshotFeed
@@ -220,6 +221,7 @@ async def gateway(
     follow: bool = False,
     remembered: int = 100,
     metrics_open: bool = False,
+    first_events_s: float = 60.0,
     deadlines: Deadlines = Deadlines(),
     keys: Iterable[KeyEntry] = (),
     require_key: bool = False,
@@ -244,7 +246,8 @@ async def gateway(
         node = stack.enter_context(joined(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         observers = Observers(node, table, instances, metrics_open=metrics_open)
         responses = Responses(table, inference, stored)
-        app = GatewayApp(access, table, feed, inference, responses, Control(control), observers)
+        realtime = Realtime(table, connect_timeout_s=1.0, first_events_s=first_events_s)
+        app = GatewayApp(access, table, feed, inference, responses, realtime, Control(control), observers)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         following = [tasks.create_task(feed.follow())] if follow else []
         async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:

@@ -93,7 +93,8 @@ class TokenGuard:
         self._open = frozenset(open_)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self._open and not self._knows(scope):
+        asks = scope["type"] in ("http", "websocket")
+        if asks and scope["path"] not in self._open and not self._knows(scope):
             await error_response(Unauthorized("The cluster token is missing or wrong."))(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -10,6 +10,7 @@ PoolError
 │   ├── RequestTimeout     408
 │   ├── Conflict           409
 │   ├── BodyTooLarge       413
+│   ├── UpgradeRequired    426
 │   ├── HeadersTooLarge    431
 │   └── InvalidBody        422  a control-plane body: field, value, what is allowed
 ├── CapacityError          nothing can take it now; all carry Retry-After
@@ -132,6 +133,13 @@ class BodyTooLarge(CallerError):
     code = "body_too_large"
 
 
+class UpgradeRequired(CallerError):
+    """The route is a WebSocket."""
+
+    status = 426
+    code = "upgrade_required"
+
+
 class HeadersTooLarge(CallerError):
     status = 431
     code = "headers_too_large"
@@ -209,6 +217,8 @@ def error_headers(error: PoolError) -> list[tuple[str, str]]:
         headers.append(("Retry-After", str(max(1, math.ceil(error.retry_after)))))
     if isinstance(error, MethodNotAllowed):
         headers.append(("Allow", ", ".join(error.allowed)))
+    if isinstance(error, UpgradeRequired):
+        headers.append(("Upgrade", "websocket"))
     if isinstance(error, Unauthorized):
         headers.append(("WWW-Authenticate", "Bearer"))
     return headers

@@ -189,7 +189,8 @@ async def test_an_upgrade_is_ignored_and_its_body_read() -> None:
         for _ in range(2):
             assert (await client.ask(request("POST", "/v1/completions", BODY, h2c))).body == BODY
         websocket = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x"}
-        assert (await client.ask(request("GET", "/v1/realtime", headers=websocket))).code == "route_not_found"
+        assert (await client.ask(request("GET", "/v1/other", headers=websocket))).code == "route_not_found"
+        assert (await client.ask(request("GET", "/health", headers=websocket))).status == 200
 
 
 @on_uvloop

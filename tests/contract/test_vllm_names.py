@@ -70,7 +70,7 @@ from vllm.entrypoints.pooling.classify import api_router as classify
 from vllm.entrypoints.pooling.embed import api_router as embed
 from vllm.entrypoints.pooling.pooling import api_router as pooling
 from vllm.entrypoints.pooling.scoring import api_router as scoring
-from modelpool.relay.inference import FORM_PATHS, JSON_PATHS, inference_methods
+from modelpool.relay.inference import FORM_PATHS, JSON_PATHS, WEBSOCKET_PATHS, inference_methods
 def served(routes):
     for route in routes:
         if hasattr(route, "original_router"):
@@ -87,7 +87,7 @@ kept = {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/load", "/
 kept |= {"/kv_event_sources", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1/abort_requests"}
 wrong = {(path, method) for path, method in theirs if path not in kept
     and method not in inference_methods(path.replace("{response_id}", "resp_1"))}
-assert wrong == {("/v1/realtime", "WebSocket")}, wrong
+assert wrong == {(path, "WebSocket") for path in WEBSOCKET_PATHS}, wrong
 assert not [path for path in kept if inference_methods(path)]
 assert JSON_PATHS | FORM_PATHS <= {path for path, method in theirs if method == "POST"} | cohere_paths
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from tests.contract.worker_process import WorkerProcess, complete, eventually, running_worker
 
@@ -324,6 +327,45 @@ def test_the_proxy_is_for_inference_only(worker: WorkerProcess) -> None:
     assert worker.http.get("/proxy/m/v1/models").json()["data"][0]["id"] == "m"
     tokens = worker.http.post("/proxy/m/tokenize", json={"model": "m", "prompt": "one two"}).json()
     assert tokens["count"] == len(tokens["tokens"])
+
+
+def test_the_proxy_passes_websockets_both_ways_and_their_ends(worker: WorkerProcess) -> None:
+    worker.start("m")
+    headers = {"Authorization": worker.http.headers["authorization"]}
+    url = worker.url.replace("http", "ws") + "/proxy/m/v1/realtime?a=b"
+    with connect(url, additional_headers=headers) as client:
+        assert json.loads(client.recv())["type"] == "session.created"
+        client.send(json.dumps({"type": "session.update", "model": "m"}))
+        client.send(json.dumps({"type": "input_audio_buffer.commit"}))
+        client.send(json.dumps({"type": "input_audio_buffer.append", "audio": "AAAA"}))
+        client.send(json.dumps({"type": "input_audio_buffer.commit", "final": True}))
+        while (event := json.loads(client.recv()))["type"] == "transcription.delta":
+            pass
+        assert event["text"] == "You sent 3 bytes of sound."
+        assert worker.status("m")["inflight_requests"] == 1
+    eventually(lambda: worker.status("m")["inflight_requests"] == 0, within=1)
+    client = connect(url, additional_headers=headers)
+    client.socket.close()  # without a word
+    eventually(lambda: worker.status("m")["inflight_requests"] == 0, within=1)
+    with connect(url, additional_headers=headers) as client:
+        os.kill(worker.report("m")["pid"], signal.SIGKILL)
+        with pytest.raises(ConnectionClosed):
+            list(iter(client.recv, None))
+        assert client.close_code == 1011
+
+
+def test_the_proxys_websockets_are_for_those_who_may(worker: WorkerProcess) -> None:
+    worker.start("m")
+    headers = {"Authorization": worker.http.headers["authorization"]}
+    for path, sent, status in [
+        ("/proxy/m/v1/realtime", {}, 401),
+        ("/proxy/none/v1/realtime", headers, 404),
+        ("/proxy/m/v1/other", headers, 404),
+        ("/instances", headers, 403),
+    ]:
+        with pytest.raises(InvalidStatus) as refused:
+            connect(worker.url.replace("http", "ws") + path, additional_headers=sent)
+        assert refused.value.response.status_code == status
 
 
 # ------------------------------------------------------------ being there

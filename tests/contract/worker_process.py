@@ -118,7 +118,8 @@ def launched(
         # Its import would take seconds of every test, for nothing.
         (home / "no-vllm").mkdir(exist_ok=True)
         (home / "no-vllm" / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
-        environ["PYTHONPATH"] = str(home / "no-vllm")
+        paths = [str(home / "no-vllm"), os.environ.get("PYTHONPATH", "")]
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     settings = {
         "MODELPOOL_HOME": str(home),
         "MODELPOOL_TOKEN": TOKEN,

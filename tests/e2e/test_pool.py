@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from websockets.sync.client import connect
 
 from tests.e2e.pool import PoolProcess, end, eventually, running_pool, start_up
 
@@ -45,6 +47,23 @@ def test_three_requests_to_a_capacity_of_one_take_one_two_and_three_times_as_lon
     assert after["e2e_avg"] == pytest.approx(6, abs=1)
     assert after["sleep_level_value"] == 0
     assert after["gpu_info"]["available_memory_gb"] > 0
+
+
+def test_sound_is_transcribed_over_a_websocket(fake_pool: PoolProcess) -> None:
+    fake_pool.register("ears", fake=True)
+    fake_pool.wait_active("ears")
+    url = fake_pool.url.replace("http", "ws") + "/v1/realtime"
+    with connect(url, additional_headers={"Authorization": fake_pool.http.headers["authorization"]}) as client:
+        assert json.loads(client.recv())["type"] == "session.created"
+        for event in (
+            {"type": "session.update", "model": "ears"},
+            {"type": "input_audio_buffer.commit"},
+            {"type": "input_audio_buffer.append", "audio": "AAAA"},
+            {"type": "input_audio_buffer.commit", "final": True},
+        ):
+            client.send(json.dumps(event))
+        said = [json.loads(client.recv()) for _ in range(2)]
+        assert said[0]["type"] == "transcription.delta"
 
 
 def test_a_client_that_leaves_frees_its_slot_within_a_second(fake_pool: PoolProcess) -> None:

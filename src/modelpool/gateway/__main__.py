@@ -24,6 +24,7 @@ from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.listener import listening
 from modelpool.gateway.observe.observers import Observers
+from modelpool.gateway.realtime import Realtime
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
 from modelpool.gateway.snapshots import SnapshotFeed
@@ -86,9 +87,9 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         stored = StoredResponses(gateway.responses_remembered)
         inference = Inference(table, stored, _deadlines(gateway))
         observers = Observers(node, table, instances, metrics_open=gateway.metrics_open)
-        app = GatewayApp(
-            access, table, feed, inference, Responses(table, inference, stored), Control(control), observers
-        )
+        responses = Responses(table, inference, stored)
+        realtime = Realtime(table, connect_timeout_s=gateway.connect_timeout_s)
+        app = GatewayApp(access, table, feed, inference, responses, realtime, Control(control), observers)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
         await feed.wait_first(FIRST_SNAPSHOT_S)

@@ -15,9 +15,10 @@ from modelpool.gateway.control import Control
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.keys import Caller
 from modelpool.gateway.observe.observers import Observers
+from modelpool.gateway.realtime import Realtime
 from modelpool.gateway.request import Request
 from modelpool.gateway.responses import Responses
-from modelpool.gateway.routes import Kind, Route, Scope, match
+from modelpool.gateway.routes import Kind, Route, Scope, is_websocket, match
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.messages.routing import ModelEntry
@@ -45,6 +46,7 @@ class GatewayApp:
         feed: SnapshotFeed,
         inference: Inference,
         responses: Responses,
+        realtime: Realtime,
         control: Control,
         observers: Observers,
     ) -> None:
@@ -53,6 +55,7 @@ class GatewayApp:
         self._feed = feed
         self._inference = inference
         self._responses = responses
+        self._realtime = realtime
         self._control = control
         self._observers = observers
 
@@ -65,6 +68,9 @@ class GatewayApp:
     def refused(self, request: Request | None, error: PoolError) -> bytes:
         return self._observers.refused(request, error)
 
+    def upgrades(self, method: bytes, target: bytes) -> bool:
+        return is_websocket(method, target.partition(b"?")[0])
+
     async def serve(self, request: Request, client: ClientConnection) -> None:
         route = request.route
         assert route is not None
@@ -72,6 +78,8 @@ class GatewayApp:
             await self._infer(self._inference, request, route, client)
         elif route.kind is Kind.RESPONSES or route.kind is Kind.RESPONSE:
             await self._infer(self._responses, request, route, client)
+        elif route.kind is Kind.REALTIME:
+            await self._infer(self._realtime, request, route, client)
         elif route.kind is Kind.CONTROL:
             await self._control.serve(request, route, client)
         elif route.kind is Kind.MODELS:
@@ -95,7 +103,7 @@ class GatewayApp:
         return [_card(entry) for entry in self._table.entries() if caller is None or caller.may_use(entry.alias)]
 
     async def _infer(
-        self, service: Inference | Responses, request: Request, route: Route, client: ClientConnection
+        self, service: Inference | Responses | Realtime, request: Request, route: Route, client: ClientConnection
     ) -> None:
         """The journey ends once, whichever way this is left."""
         request.journey = journey = self._observers.begin(request)

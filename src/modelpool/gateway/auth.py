@@ -17,6 +17,7 @@ from modelpool.process import StartupError
 from modelpool.settings import GatewaySettings
 
 _MANAGED = b"Bearer " + SECRET_PREFIX.encode()
+_IN_PROTOCOL = b"openai-insecure-api-key."
 
 
 class Access:
@@ -32,8 +33,9 @@ class Access:
     Keys are needed when an API key is set, when `require_key` says so, and once the pool ever made a managed key. As
     long as that is not known, nothing is open.
 
-    Keys come as `Authorization: Bearer` or `x-api-key`. `local`: bound to loopback, where a web page could reach us
-    under a name of its own (DNS rebinding), so a foreign Host or Origin is refused.
+    Keys come as `Authorization: Bearer` or `x-api-key`; for a WebSocket also as the subprotocol
+    `openai-insecure-api-key.` and the key, as OpenAI's clients in browsers send it. `local`: bound to loopback, where
+    a web page could reach us under a name of its own (DNS rebinding), so a foreign Host or Origin is refused.
     """
 
     def __init__(
@@ -129,6 +131,9 @@ def _presented(request: Request) -> list[bytes]:
             keys.append(key.strip())
     if key := request.by_name.get(b"x-api-key", b""):
         keys.append(key.strip())
+    if request.upgrade:  # a browser cannot set headers of a WebSocket, but for this one
+        offered = request.by_name.get(b"sec-websocket-protocol", b"").split(b",")
+        keys += [each.strip()[len(_IN_PROTOCOL) :] for each in offered if each.strip().startswith(_IN_PROTOCOL)]
     return keys
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import select
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import NoReturn, Protocol, cast
 
@@ -24,7 +24,6 @@ from modelpool.errors import (
 )
 from modelpool.gateway.answer import CONTINUE, encode_answer, encode_error
 from modelpool.gateway.request import Request
-from modelpool.relay import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,23 @@ class Application(Protocol):
     def refused(self, request: Request | None, error: PoolError) -> bytes:
         """Told that a request, or what was none, is answered with this unserved. Header lines for the answer."""
 
+    def upgrades(self, method: bytes, target: bytes) -> bool:
+        """Whether such a request may become a WebSocket. Others are read as if they had not asked for it."""
+
     async def serve(self, request: Request, client: ClientConnection) -> None:
         """Answer, or raise PoolError to have it rendered. Cancelled when the client leaves."""
+
+
+class Upstream(Protocol):
+    """Where an answer comes from."""
+
+    def pause(self) -> None:
+        """Send no more for now: the client does not read."""
+
+    def resume(self) -> None: ...
+
+    def check(self, now: float) -> None:
+        """Enforce the deadlines."""
 
 
 class Owner(Protocol):
@@ -102,6 +116,7 @@ class ClientConnection(asyncio.Protocol):
         "_headers",
         "_limits",
         "_loop",
+        "_news",
         "_owner",
         "_parser",
         "_phase",
@@ -113,6 +128,7 @@ class ClientConnection(asyncio.Protocol):
         "_target",
         "_task",
         "_transport",
+        "_tunnel",
         "_unread",
         "_upstream",
         "_writable",
@@ -147,7 +163,9 @@ class ClientConnection(asyncio.Protocol):
         # What is served
         self._serving: Request | None = None
         self._task: asyncio.Task[None] | None = None
-        self._upstream: Exchange | None = None
+        self._upstream: Upstream | None = None
+        self._tunnel: Callable[[bytes], None] | None = None
+        self._news: asyncio.Event | None = None
         self._closing = False
         self.answered = False
 
@@ -190,7 +208,7 @@ class ClientConnection(asyncio.Protocol):
         """Whether the connection ends with the answer that is being written."""
         return self._closing or self._owner.ending
 
-    def attach(self, upstream: Exchange) -> None:
+    def attach(self, upstream: Upstream) -> None:
         """The answer comes from there: a client that reads slowly slows it down."""
         self._upstream = upstream
         if not self._writable:
@@ -198,6 +216,40 @@ class ClientConnection(asyncio.Protocol):
 
     def detach(self) -> None:
         self._upstream = None
+
+    def switch(self, answer: bytes) -> None:
+        """Speak another protocol from here on, which ends with the connection. `answer` says so to the client."""
+        self._closing = True
+        self._news = asyncio.Event()
+        self.write(answer)
+
+    async def received(self) -> bytes:
+        """Once switched: wait for what comes next."""
+        assert self._news is not None
+        while not self._unread:
+            self.resume_reading()
+            await self._news.wait()
+            self._news.clear()
+        data, self._unread = self._unread, b""
+        return data
+
+    def tunnel(self, send: Callable[[bytes], None]) -> None:
+        """Once switched: give all that comes to `send`, as it comes."""
+        self._tunnel = send
+        data, self._unread = self._unread, b""
+        if data:
+            send(data)
+        self.resume_reading()
+
+    def pause_reading(self) -> None:
+        if self._reading and self._transport is not None and not self._transport.is_closing():
+            self._reading = False
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._reading and self._transport is not None and not self._transport.is_closing():
+            self._reading = True
+            self._transport.resume_reading()
 
     # For the listener
 
@@ -302,10 +354,14 @@ class ClientConnection(asyncio.Protocol):
         """Hold what comes while a request is served: reading goes on, since only that shows that the client left."""
         if self._phase is _Phase.NOTHING:
             return
+        if self._tunnel is not None:
+            self._tunnel(data)
+            return
         self._unread += data
-        if len(self._unread) > self._limits.ahead_bytes and self._reading and self._transport is not None:
-            self._reading = False
-            self._transport.pause_reading()
+        if self._news is not None:
+            self._news.set()
+        if len(self._unread) > self._limits.ahead_bytes:
+            self.pause_reading()
 
     def _feed(self, data: bytes | memoryview) -> None:
         before = self._phase
@@ -332,7 +388,8 @@ class ClientConnection(asyncio.Protocol):
     def _parse(self, data: bytes | memoryview) -> None:
         """Read requests as if they had not asked for another protocol (`h2c`, as some clients always do).
 
-        The parser takes what follows such a head for that protocol, so it is given the head again without the wish.
+        But for those that become a WebSocket: what follows them is no HTTP. The parser takes what follows the others
+        for that protocol too, so it is given the head again without the wish.
         """
         while True:
             try:
@@ -340,6 +397,9 @@ class ClientConnection(asyncio.Protocol):
                 return
             except httptools.HttpParserUpgrade as upgrade:
                 rest = memoryview(data)[upgrade.args[0] :]
+                if self._queue and isinstance(last := self._queue[-1], Request) and last.upgrade:
+                    self._unread = bytes(rest)
+                    return
                 head = b"%b %b HTTP/1.1\r\n" % (self._parser.get_method(), self._target)
                 head += b"".join(b"%b: %b\r\n" % each for each in self._headers if each[0] != b"upgrade")
                 self._parser = httptools.HttpRequestParser(self)
@@ -374,7 +434,8 @@ class ClientConnection(asyncio.Protocol):
         method = parser.get_method()
         if method == b"CONNECT":
             self._stop(InvalidRequest("CONNECT is for proxies, and this is none.", code="invalid_http"))
-        if parser.should_upgrade():
+        upgrade = parser.should_upgrade()
+        if upgrade and not self._app.upgrades(method, self._target):
             return
         self._phase = _Phase.BODY
         version = parser.get_http_version()
@@ -383,6 +444,7 @@ class ClientConnection(asyncio.Protocol):
         self._request = request = Request(
             method, self._target, self._headers, http10=version == "1.0", keep_alive=parser.should_keep_alive()
         )
+        request.upgrade = upgrade
         has_body = b"transfer-encoding" in request.by_name or request.by_name.get(b"content-length", b"0") != b"0"
         if error := self._fault(request, version):
             self._stop(error)
@@ -462,7 +524,7 @@ class ClientConnection(asyncio.Protocol):
             self._linger()
             return
         self._serving = item
-        self._closing = item.http10 or not item.keep_alive
+        self._closing = item.http10 or not item.keep_alive or item.upgrade
         self._task = self._loop.create_task(self._serve(item))
 
     def _read_on(self) -> None:
@@ -470,9 +532,7 @@ class ClientConnection(asyncio.Protocol):
         if self._continue:
             self._continue = False
             self._send(CONTINUE)
-        if not self._reading and not self._transport.is_closing():
-            self._reading = True
-            self._transport.resume_reading()
+        self.resume_reading()
 
     async def _serve(self, request: Request) -> None:
         try:
@@ -504,7 +564,9 @@ class ClientConnection(asyncio.Protocol):
         self.answered = False
         if self._transport is None:
             return
-        if self.closes:
+        if self._news is not None:
+            self._linger()
+        elif self.closes:
             self._close()
         else:
             idle = self._phase is _Phase.IDLE
@@ -525,7 +587,9 @@ class ClientConnection(asyncio.Protocol):
         self._phase = _Phase.NOTHING
         self._queue.clear()
         self._unread = b""
-        self._deadline = self._loop.time() + self._limits.linger_s
+        unsent = self._transport.get_write_buffer_size() > 0
+        self._deadline = self._loop.time() + (self._limits.flush_s if unsent else self._limits.linger_s)
+        self.resume_reading()
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()
 

@@ -14,6 +14,7 @@ class Request:
     `by_name` holds each header's last value. Set when the head is there: `id`; `added`, header lines that the answer is
     to carry; `route` and `refusal`, what it is for, or why it is refused; `caller`, for those with a managed API key.
     `body` is whole by the time the request is served. If it is for a model it has a `journey` then.
+    `upgrade`: it is to become a WebSocket.
     """
 
     __slots__ = (
@@ -31,6 +32,7 @@ class Request:
         "query",
         "refusal",
         "route",
+        "upgrade",
     )
 
     journey: Journey
@@ -51,6 +53,7 @@ class Request:
         self.route: Route | None = None
         self.caller: Caller | None = None
         self.refusal: PoolError | None = None
+        self.upgrade = False
 
     @property
     def head_only(self) -> bool:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from modelpool.errors import MethodNotAllowed, RouteNotFound
-from modelpool.relay.inference import FORM_PATHS, JSON_PATHS
+from modelpool.relay.inference import FORM_PATHS, JSON_PATHS, WEBSOCKET_PATHS
 
 
 class Kind(Enum):
@@ -19,6 +19,8 @@ class Kind(Enum):
     """The same, and the answer may be kept by the instance that made it."""
     RESPONSE = auto()
     """Goes to the instance that made the response in the path."""
+    REALTIME = auto()
+    """A WebSocket to an instance of the model that the query or the first events name."""
     CONTROL = auto()
     """Goes to the control socket."""
     MODELS = auto()
@@ -71,6 +73,11 @@ _LOCAL = {
     b"/v1/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
     b"/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
 }
+_WEBSOCKETS = {
+    name: Route(Kind.REALTIME, Scope.INFERENCE, path.encode())
+    for path in WEBSOCKET_PATHS
+    for name in (path.encode(), path.encode().removeprefix(b"/v1"))
+}
 _STORED_RESPONSE = re.compile(rb"(?:/v1)?(/responses/[A-Za-z0-9_-]+(/cancel)?)")
 _REGISTER = Route(Kind.CONTROL, Scope.ADMIN, b"/admin/models/register")
 
@@ -86,12 +93,18 @@ def match(method: bytes, path: bytes) -> Route:
     return route
 
 
+def is_websocket(method: bytes, path: bytes) -> bool:
+    return method == b"GET" and path in _WEBSOCKETS
+
+
 def _find(method: bytes, path: bytes) -> tuple[Route | None, tuple[str, ...]]:
     """The route of a path, and its methods."""
     if route := INFERENCE.get(path):
         return route, _POST
     if route := _LOCAL.get(path):
         return route, _GET
+    if route := _WEBSOCKETS.get(path):
+        return route, ("GET",)
     if path in (b"/v1/models/register", b"/models/register") and method not in (b"GET", b"HEAD"):
         return _REGISTER, _POST  # a GET asks for a model of that name
     if match := _STORED_RESPONSE.fullmatch(path):

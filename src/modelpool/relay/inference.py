@@ -16,6 +16,8 @@ JSON_PATHS = frozenset(
 """Where a POST with a JSON body names its model."""
 FORM_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 """Where a POST with a multipart/form-data body names its model."""
+WEBSOCKET_PATHS = frozenset({"/v1/realtime"})
+"""Where an event of the client, or the query, names the model."""
 _POST = JSON_PATHS | FORM_PATHS
 _GET = frozenset({"/v1/models", "/health", "/version"})
 _STORED_RESPONSE = re.compile(r"/v1/responses/[\w-]+(/cancel)?", re.ASCII)

@@ -1,4 +1,4 @@
-"""`/proxy/{instance}/{path}`: inference requests to an engine host that callers cannot reach themselves.
+"""`/proxy/{instance}/{path}`: inference requests and WebSockets to an engine host that callers cannot reach themselves.
 
 A plain ASGI application: a response's pieces go on as they come, and a caller that leaves closes the connection to the
 host at once, which is what makes the engine abort. The caller was checked before; the host gets the cluster token.
@@ -17,9 +17,10 @@ from starlette.types import Receive, Scope, Send
 from modelpool.control_http import error_response
 from modelpool.errors import BodyTooLarge, InstanceNotFound, MethodNotAllowed, PoolError, RouteNotFound
 from modelpool.relay import Endpoint, Pools, encode_request, fetch, fixed_headers
-from modelpool.relay.inference import inference_methods
+from modelpool.relay.inference import WEBSOCKET_PATHS, inference_methods
 from modelpool.worker.supervisor import Supervisor
 from modelpool.worker.waiting import cancelled, first_of
+from modelpool.worker.websocket import pass_websocket
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class Proxy:
         self._endpoints: frozenset[Endpoint] = frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "websocket":
+            await self._pass_websocket(scope, receive, send)
             return
         answer = _Answer(send)
         try:
@@ -78,6 +80,18 @@ class Proxy:
             exchange.result()
         finally:
             await cancelled(exchange, leaving)
+
+    async def _pass_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            instance, path = self._split(scope["raw_path"].decode("latin-1").partition(f"{_MOUNT}/")[2])
+            if unquote(path) not in WEBSOCKET_PATHS:
+                raise RouteNotFound(f"{unquote(path)} is not a WebSocket for inference.")
+            address = self._supervisor.upstream(instance)
+            query = "?" + scope["query_string"].decode("latin-1") if scope["query_string"] else ""
+            endpoint = Endpoint(address.host, address.port)
+            await pass_websocket(scope, receive, send, endpoint, path + query, token=self._token)
+        except PoolError as error:
+            await error_response(error)(scope, receive, send)
 
     def _forget_old(self) -> None:
         """A host that is new to us: a good moment to let go of those that are no more."""

@@ -8,7 +8,7 @@ import re
 import struct
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from modelpool.engines.fake.exchange import (
     read_body,
     unless_client_leaves,
 )
+from modelpool.engines.fake.realtime import Realtime
 from modelpool.engines.fake.requests import (
     AudioRequest,
     ChatMessage,
@@ -35,7 +36,7 @@ from modelpool.engines.fake.requests import (
     TokenizeRequest,
 )
 from modelpool.engines.fake.stored import Stored
-from modelpool.engines.fake.text import detokenized, generation, token_id, tokens
+from modelpool.engines.fake.text import Generation, detokenized, generation, token_id, tokens
 from modelpool.errors import InvalidBody, InvalidRequest
 
 if TYPE_CHECKING:
@@ -80,13 +81,25 @@ class FakeApp:
             await _lifespan(receive, send)
             await self._stored.close()
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1000})
+            await self._websocket(scope, receive, send)
         else:
             try:
                 exchange = Exchange(scope, await read_body(receive), send)
             except ClientLeft:
                 return
             await unless_client_leaves(self._serve(exchange), receive)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/v1/realtime":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        how = behaviour(self._model, scope["headers"])
+
+        def say(heard: int) -> tuple[Generation, AsyncGenerator[int, None]]:
+            said = self._heard(heard, how)
+            return said, self._engine.generate(len(said.tokens), how)
+
+        await Realtime(receive, send, alias=self._model.alias, say=say).serve()
 
     async def _serve(self, exchange: Exchange) -> None:
         try:
@@ -246,12 +259,15 @@ class FakeApp:
         if (heard := files.get("file")) is None:
             raise bad_request("`file` is missing.", "file")
         how = self._behaviour(exchange)
-        said = self._model.fake_response or f"You sent {len(heard)} bytes of sound."
-        made = generation(said, max_tokens=self._budget(0, None), exactly=how.tokens)
+        made = self._heard(len(heard), how)
         id_ = f"{'trsc' if task == 'transcription' else 'trsl'}-{uuid.uuid4().hex}"
         seconds = len(heard) // _SOUND_BYTES_PER_S + 1
         answer = answers.Transcription(id_, self._model.alias, made, task=task, seconds=seconds)
         await self._answer(exchange, answer, how, request.stream, request.stream_include_usage)
+
+    def _heard(self, size: int, how: Behaviour) -> Generation:
+        said = self._model.fake_response or f"You sent {size} bytes of sound."
+        return generation(said, max_tokens=self._budget(0, None), exactly=how.tokens)
 
     async def _embeddings(self, exchange: Exchange) -> None:
         request = exchange.decoded(EmbeddingRequest)
