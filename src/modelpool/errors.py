@@ -5,7 +5,8 @@ PoolError
 │   ├── InvalidRequest     400
 │   ├── Unauthorized       401
 │   ├── Forbidden          403
-│   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound, ResponseNotFound
+│   ├── NotFound           404  ModelNotFound, WorkerNotFound, InstanceNotFound, RouteNotFound, ResponseNotFound,
+│   │                           RequestNotKnown
 │   ├── MethodNotAllowed   405
 │   ├── RequestTimeout     408
 │   ├── Conflict           409
@@ -101,6 +102,12 @@ class InstanceNotFound(NotFound):
 
 class RouteNotFound(NotFound):
     code = "route_not_found"
+
+
+class RequestNotKnown(NotFound):
+    """Asked what was decided for a request that is not among the recent ones."""
+
+    code = "request_not_known"
 
 
 class ResponseNotFound(NotFound):

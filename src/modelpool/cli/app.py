@@ -20,7 +20,7 @@ from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
 from modelpool.cli.client import PoolClient, Trouble, fail, local_address
 from modelpool.cli.command import program
-from modelpool.cli.tables import instances_table, keys_table, models_table, status_line, workers_table
+from modelpool.cli.tables import considered_table, instances_table, keys_table, models_table, status_line, workers_table
 from modelpool.cli.waiting import is_ready, wait
 from modelpool.home import AlreadyRunning
 from modelpool.messages.admin import ModelView
@@ -260,6 +260,26 @@ def chat_command(
             _print_json({"model": model, "prompt": prompt, "answer": "".join(chat.ask(prompt))})
         else:
             say(chat, prompt, Console())
+
+
+@app.command("explain")
+def explain_command(
+    request_id: Annotated[str, typer.Argument(help="The X-Request-Id of a recent request.")],
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what was decided for a recent request, and why."""
+    with _client(url) as client:
+        explanation = client.explain(request_id)
+    if json:
+        _print_json(explanation)
+        return
+    console = Console()
+    for sentence in explanation.words:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    if explanation.considered:
+        console.print()
+        console.print(considered_table(explanation.considered), soft_wrap=True)
 
 
 @app.command("logs")

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
+from modelpool.messages.explain import Explanation
 from modelpool.messages.keys import KeyMade, KeyView
 from modelpool.settings import Settings, pool_url
 
@@ -101,6 +102,9 @@ class PoolClient:
 
     def status(self) -> PoolStatus:
         return self._decoded(self._request("GET", "/admin/status"), PoolStatus)
+
+    def explain(self, request_id: str) -> Explanation:
+        return self._decoded(self._request("GET", f"/admin/explain/{quote(request_id, safe='')}"), Explanation)
 
     def make_key(self, body: dict[str, Any]) -> KeyMade:
         return self._decoded(self._request("POST", "/admin/keys", json=body), KeyMade)

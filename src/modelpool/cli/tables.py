@@ -10,6 +10,7 @@ from rich.text import Text
 from modelpool.cli.listing import Listing, natural
 from modelpool.core.lifecycle import InstanceState
 from modelpool.messages.admin import InstanceView, ModelView, PoolStatus, WorkerView
+from modelpool.messages.explain import Considered
 from modelpool.messages.keys import KeyView
 from modelpool.messages.workers import Device, Progress
 
@@ -49,6 +50,15 @@ def instances_table(models: Iterable[ModelView]) -> Listing:
             str(instance.pid or "–"),
             _dim(_instance_note(instance)),
         )
+    return table
+
+
+def considered_table(considered: Iterable[Considered]) -> Listing:
+    """One line an instance that a request could have gone to, the least loaded first."""
+    table = Listing("INSTANCE", "IN FLIGHT", "CAPACITY", "LOAD", "")
+    for each in sorted(considered, key=lambda each: (each.load, natural(each.instance))):
+        role = "" if each.role is None else each.role.replace("_", "-")
+        table.add_row(each.instance, str(each.inflight), str(each.capacity), f"{each.load:.2f}", role)
     return table
 
 

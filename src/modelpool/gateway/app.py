@@ -95,6 +95,8 @@ class GatewayApp:
             accept = request.by_name.get(b"accept", b"").decode("latin-1")
             content_type, text = await self._observers.expose(accept)
             client.answer(200, text, content_type=content_type)
+        elif route.kind is Kind.EXPLAIN:
+            _answer(client, self._observers.explain(unquote_to_bytes(route.path)))
         else:
             _answer(client, {"name": "Model Pool", "version": __version__, "models": "/v1/models", "health": "/health"})
 

@@ -27,6 +27,7 @@ class Kind(Enum):
     MODEL = auto()
     HEALTH = auto()
     METRICS = auto()
+    EXPLAIN = auto()
     INDEX = auto()
 
 
@@ -40,7 +41,7 @@ class Scope(Enum):
 
 
 class Route(NamedTuple):
-    """`path` is the one that serves it: the engine's, the manager's, or (MODEL) the id as it stands in the path."""
+    """`path` is the one that serves it: the engine's, the manager's, or (MODEL, EXPLAIN) the id as it stands in it."""
 
     kind: Kind
     scope: Scope
@@ -79,6 +80,7 @@ _WEBSOCKETS = {
     for name in (path.encode(), path.encode().removeprefix(b"/v1"))
 }
 _STORED_RESPONSE = re.compile(rb"(?:/v1)?(/responses/[A-Za-z0-9_-]+(/cancel)?)")
+_EXPLAIN = b"/admin/explain/"
 _REGISTER = Route(Kind.CONTROL, Scope.ADMIN, b"/admin/models/register")
 
 
@@ -115,6 +117,8 @@ def _find(method: bytes, path: bytes) -> tuple[Route | None, tuple[str, ...]]:
     if path == b"/workers" or path.startswith(b"/workers/"):
         reading = method in (b"GET", b"HEAD")
         return Route(Kind.CONTROL, Scope.ADMIN if reading else Scope.WORKER, path), _ANY
+    if path.startswith(_EXPLAIN) and len(path) > len(_EXPLAIN):
+        return Route(Kind.EXPLAIN, Scope.ADMIN, path[len(_EXPLAIN) :]), _GET
     if path.startswith(b"/admin/"):
         return Route(Kind.CONTROL, Scope.ADMIN, path), _ANY
     return None, ()

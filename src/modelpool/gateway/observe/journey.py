@@ -11,6 +11,7 @@ import msgspec
 
 from modelpool.errors import PoolError
 
+_ALIAS_MAX = 128
 CLIENT_LEFT = "client_left"
 LEFT_STATUS = 499
 """Of a request whose client left before the answer began; nobody is told, so the number is by custom only."""
@@ -37,7 +38,7 @@ class Record(msgspec.Struct, array_like=True, gc=False):
     instance: str = ""
     names: tuple[str, ...] = ()
     capacities: tuple[int, ...] = ()
-    loads: tuple[int, ...] | list[int] = ()
+    loads: list[int] = []
     avoided: tuple[str, ...] = ()
     tries: tuple[tuple[str, str], ...] = ()
     waited: float = 0.0
@@ -103,7 +104,7 @@ class Journey:
 
     def asked(self, alias: str) -> None:
         """The body names this model."""
-        self.record.alias = alias
+        self.record.alias = alias if len(alias) <= _ALIAS_MAX else alias[: _ALIAS_MAX - 1] + "…"
 
     def waited(self, seconds: float) -> None:
         """It was in the waiting room for so long."""

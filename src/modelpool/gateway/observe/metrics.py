@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -99,6 +100,8 @@ class Said(IntEnum):
     HEARD_AT = 1
     """When it last heard the manager, on the monotonic clock; 0 if never."""
     CONNECTIONS = 2
+    SINCE = 3
+    """When it started, on the monotonic clock."""
 
 
 class Metrics:
@@ -120,6 +123,7 @@ class Metrics:
         self._breakers: set[str] = set()
         self._own = self.processes.at(("gateway",))
         self.processes.numbers[self._own + Said.PID] = os.getpid()
+        self.processes.numbers[self._own + Said.SINCE] = time.monotonic()
 
     def say(self, *, heard_at: float | None, connections: int, breakers: Mapping[str, int]) -> None:
         """What others cannot know of this process: when it last heard the manager, its clients, its breakers' states.
@@ -137,6 +141,11 @@ class Metrics:
     def waiting_for(self, alias: str) -> Gauge:
         """How many requests wait for this model here."""
         return Gauge(self.waiting.numbers, self.waiting.at((alias,)))
+
+    def serves_since(self, slot: int) -> float:
+        """When the process that has this slot started; infinity while none has."""
+        rows = self.processes.all()
+        return min((row[Said.SINCE] for each, _, row in rows if each == slot and row[Said.PID]), default=math.inf)
 
     def refused(self, error: PoolError) -> None:
         """A request was answered with this before anybody looked for its model."""
