@@ -18,6 +18,7 @@ from modelpool.gateway.app import GatewayApp
 from modelpool.gateway.auth import Access
 from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
+from modelpool.gateway.cors import Cors
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
@@ -222,6 +223,8 @@ async def gateway(
     remembered: int = 100,
     metrics_open: bool = False,
     first_events_s: float = 60.0,
+    cors: str = "",
+    root_path: str = "",
     deadlines: Deadlines = Deadlines(),
     keys: Iterable[KeyEntry] = (),
     require_key: bool = False,
@@ -237,7 +240,13 @@ async def gateway(
         table.apply(snapshot_of(*entries))
         ring.apply(keys_of(*keys))
     access = Access(
-        api_key=api_key, admin_key=ADMIN_KEY, cluster_token=TOKEN, local=local, keys=ring, require_key=require_key
+        api_key=api_key,
+        admin_key=ADMIN_KEY,
+        cluster_token=TOKEN,
+        local=local,
+        keys=ring,
+        require_key=require_key,
+        cors=Cors.parse(cors),
     )
     stored = StoredResponses(remembered)
     inference = Inference(table, stored, deadlines)
@@ -247,7 +256,18 @@ async def gateway(
         observers = Observers(node, table, instances, metrics_open=metrics_open)
         responses = Responses(table, inference, stored)
         realtime = Realtime(table, connect_timeout_s=1.0, first_events_s=first_events_s)
-        app = GatewayApp(access, table, feed, inference, responses, realtime, Control(control), observers)
+        app = GatewayApp(
+            access,
+            table,
+            feed,
+            inference,
+            responses,
+            realtime,
+            Control(control),
+            observers,
+            cors=Cors.parse(cors),
+            root_path=root_path,
+        )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         following = [tasks.create_task(feed.follow())] if follow else []
         async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:

@@ -48,6 +48,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     total_timeout_s: SecondsOrNone = 0.0
     responses_remembered: Annotated[int, Meta(ge=1)] = 10_000
     """Of how many stored responses it is known which instance made them. For others the instances are asked."""
+    cors_allowed_origins: str = ""
+    """Web pages whose scripts may use it: origins by comma, or `*`. Empty: only its own."""
+    root_path: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*\Z")] = ""
+    """What stands before every path where a proxy in front says so: `/pool`. Paths without it are served as well."""
 
     @property
     def urls_elsewhere(self) -> tuple[str, ...]:
@@ -144,6 +148,8 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_BETWEEN_BYTES_TIMEOUT", "gateway.between_bytes_timeout_s"),
     ("MODELPOOL_TOTAL_TIMEOUT", "gateway.total_timeout_s"),
     ("MODELPOOL_RESPONSES_REMEMBERED", "gateway.responses_remembered"),
+    ("MODELPOOL_CORS_ALLOWED_ORIGINS", "gateway.cors_allowed_origins"),
+    ("MODELPOOL_ROOT_PATH", "gateway.root_path"),
     ("MANAGER_HOST", "manager.host"),
     ("MANAGER_PORT", "manager.port"),
     ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),

@@ -80,10 +80,10 @@ class Peer:
 
 
 @asynccontextmanager
-async def raw(world: World, query: str = "", *, behind: bytes = b"") -> AsyncIterator[Client]:
+async def raw(world: World, query: str = "", *, behind: bytes = b"", prefix: str = "") -> AsyncIterator[Client]:
     """A raw client after its handshake, with `behind` in the same segment."""
     client = await world.connect()
-    client.send(request("GET", f"/v1/realtime{query}", headers=HANDSHAKE) + behind)
+    client.send(request("GET", f"{prefix}/v1/realtime{query}", headers=HANDSHAKE) + behind)
     assert (await client.answer()).status == 101
     try:
         yield client

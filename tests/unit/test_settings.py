@@ -51,7 +51,7 @@ def test_a_bad_file_is_named_with_the_path_of_the_value(tmp_path: Path, text: st
 
 
 def test_every_variable_reaches_a_setting() -> None:
-    given = {name: "1" for name, _ in ENVIRONMENT} | {"MODELPOOL_MAX_BODY_BYTES": "4096"}
+    given = {name: "1" for name, _ in ENVIRONMENT} | {"MODELPOOL_MAX_BODY_BYTES": "4096", "MODELPOOL_ROOT_PATH": "/1"}
     assert set(to_environ(load(given))) == set(given)
 
 

@@ -18,6 +18,7 @@ from modelpool.gateway.app import GatewayApp
 from modelpool.gateway.auth import Access, check_exposure, is_loopback
 from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
+from modelpool.gateway.cors import Cors
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
@@ -67,6 +68,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
     gateway = settings.gateway
     token = settings.token or home.cluster_token()
     keys = KeyRing()
+    cors = Cors.parse(gateway.cors_allowed_origins)
     access = Access(
         api_key=gateway.api_key,
         admin_key=home.admin_key(),
@@ -74,6 +76,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         local=is_loopback(gateway.host),
         keys=keys,
         require_key=gateway.require_key,
+        cors=cors,
     )
     ending = ending_signal()
     async with AsyncExitStack() as stack:
@@ -89,7 +92,18 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         observers = Observers(node, table, instances, metrics_open=gateway.metrics_open)
         responses = Responses(table, inference, stored)
         realtime = Realtime(table, connect_timeout_s=gateway.connect_timeout_s)
-        app = GatewayApp(access, table, feed, inference, responses, realtime, Control(control), observers)
+        app = GatewayApp(
+            access,
+            table,
+            feed,
+            inference,
+            responses,
+            realtime,
+            Control(control),
+            observers,
+            cors=cors,
+            root_path=gateway.root_path,
+        )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
         await feed.wait_first(FIRST_SNAPSHOT_S)

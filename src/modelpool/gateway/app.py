@@ -12,13 +12,14 @@ from modelpool.errors import PoolError
 from modelpool.gateway.auth import Access
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.control import Control
+from modelpool.gateway.cors import Cors, is_preflight
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.keys import Caller
 from modelpool.gateway.observe.observers import Observers
 from modelpool.gateway.realtime import Realtime
 from modelpool.gateway.request import Request
 from modelpool.gateway.responses import Responses
-from modelpool.gateway.routes import Kind, Route, Scope, is_websocket, match
+from modelpool.gateway.routes import PREFLIGHT, Kind, Route, Scope, is_websocket, match
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.messages.routing import ModelEntry
@@ -49,6 +50,9 @@ class GatewayApp:
         realtime: Realtime,
         control: Control,
         observers: Observers,
+        *,
+        cors: Cors = Cors(),
+        root_path: str = "",
     ) -> None:
         self._access = access
         self._table = table
@@ -58,9 +62,18 @@ class GatewayApp:
         self._realtime = realtime
         self._control = control
         self._observers = observers
+        self._cors = cors if cors.active else None
+        self._root = root_path.encode()
 
     def admit(self, request: Request) -> None:
         self._observers.ids.give(request)
+        if self._root:
+            request.path = self._below_root(request.path)
+        if self._cors is not None:
+            request.added += self._cors.lines(request)
+            if is_preflight(request):
+                request.route = PREFLIGHT
+                return
         request.route = route = match(request.method, request.path)
         open_ = route.kind is Kind.METRICS and self._observers.metrics_open
         self._access.check(request, Scope.OPEN if open_ else route.scope)
@@ -69,7 +82,7 @@ class GatewayApp:
         return self._observers.refused(request, error)
 
     def upgrades(self, method: bytes, target: bytes) -> bool:
-        return is_websocket(method, target.partition(b"?")[0])
+        return is_websocket(method, self._below_root(target.partition(b"?")[0]))
 
     async def serve(self, request: Request, client: ClientConnection) -> None:
         route = request.route
@@ -97,8 +110,16 @@ class GatewayApp:
             client.answer(200, text, content_type=content_type)
         elif route.kind is Kind.EXPLAIN:
             _answer(client, self._observers.explain(unquote_to_bytes(route.path)))
+        elif route.kind is Kind.PREFLIGHT:
+            assert self._cors is not None
+            client.answer(200, b"", self._cors.preflight(request), content_type="text/plain")
         else:
             _answer(client, {"name": "Model Pool", "version": __version__, "models": "/v1/models", "health": "/health"})
+
+    def _below_root(self, path: bytes) -> bytes:
+        """Also without the prefix, which a proxy in front may have taken off, and probes do not know."""
+        root = self._root
+        return path[len(root) :] or b"/" if root and (path == root or path.startswith(root + b"/")) else path
 
     def _cards(self, caller: Caller | None) -> list[ModelCard]:
         """Those that the caller may use."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from modelpool.errors import Forbidden, ManagerAway, Unauthorized
+from modelpool.gateway.cors import Cors
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Scope
@@ -35,7 +36,8 @@ class Access:
 
     Keys come as `Authorization: Bearer` or `x-api-key`; for a WebSocket also as the subprotocol
     `openai-insecure-api-key.` and the key, as OpenAI's clients in browsers send it. `local`: bound to loopback, where
-    a web page could reach us under a name of its own (DNS rebinding), so a foreign Host or Origin is refused.
+    a web page could reach us under a name of its own (DNS rebinding), so a foreign Host or Origin is refused; but
+    for inference, pages of allowed origins (`cors`) are not.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Access:
         local: bool,
         keys: KeyRing,
         require_key: bool = False,
+        cors: Cors = Cors(),
     ) -> None:
         self._api_key = api_key.encode()
         self._usual = b"Bearer " + self._api_key
         self._admin_key = admin_key.encode()
         self._cluster_token = cluster_token.encode()
         self._local = local
+        self._cors = cors
         self._keys = keys
         self._required = require_key or bool(api_key)
 
@@ -69,7 +73,7 @@ class Access:
         elif not self._keys.known:
             self._check_unknown(request)
         elif self._local:
-            _refuse_foreign(request)
+            _refuse_foreign(request, self._cors if scope is Scope.INFERENCE else Cors())
 
     def _recognized(self, request: Request) -> bool:
         """Whether this is one of the usual forms of a valid key. The others take longer to look at."""
@@ -141,12 +145,12 @@ def _any_equal(presented: Iterable[bytes], expected: bytes) -> bool:
     return any(hmac.compare_digest(each, expected) for each in presented)
 
 
-def _refuse_foreign(request: Request) -> None:
+def _refuse_foreign(request: Request, cors: Cors) -> None:
     host = request.by_name.get(b"host")
     if host is not None and not _is_local(f"//{host.decode('latin-1')}"):
         raise Forbidden("This gateway answers to local names only (localhost, 127.0.0.1): the Host is a foreign one.")
     origin = request.by_name.get(b"origin")
-    if origin is not None and not _is_local(origin.decode("latin-1")):
+    if origin is not None and not _is_local(origin.decode("latin-1")) and not cors.allows(origin):
         raise Forbidden("This gateway answers local pages only: the Origin is a foreign one.")
 
 

@@ -29,6 +29,8 @@ class Kind(Enum):
     METRICS = auto()
     EXPLAIN = auto()
     INDEX = auto()
+    PREFLIGHT = auto()
+    """A browser asks whether a page may send a request."""
 
 
 class Scope(Enum):
@@ -81,6 +83,7 @@ _WEBSOCKETS = {
 }
 _STORED_RESPONSE = re.compile(rb"(?:/v1)?(/responses/[A-Za-z0-9_-]+(/cancel)?)")
 _EXPLAIN = b"/admin/explain/"
+PREFLIGHT = Route(Kind.PREFLIGHT, Scope.OPEN, b"")
 _REGISTER = Route(Kind.CONTROL, Scope.ADMIN, b"/admin/models/register")
 
 

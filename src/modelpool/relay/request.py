@@ -13,8 +13,9 @@ HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"}
     | {b"te", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings", b"expect"}
 )
-# Ours to set: the upstream has another name, another secret, and gets the body in one piece.
-_REPLACED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"x-api-key"}
+# Ours to set: the upstream has another name, another secret, and gets the body in one piece. The origin too: what web
+# pages may do is for the gateway to say, and vLLM would let them all.
+_REPLACED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"x-api-key", b"origin"}
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
