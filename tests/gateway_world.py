@@ -19,6 +19,7 @@ from modelpool.gateway.auth import Access
 from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.cors import Cors
+from modelpool.gateway.hold import Room, Rules
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
@@ -82,7 +83,9 @@ class World:
         stored: StoredResponses,
         listener: Listener,
         keys: KeyRing,
+        room: Room,
     ) -> None:
+        self.room = room
         self.stored = stored
         self.endpoint = endpoint
         self.keys = keys
@@ -107,9 +110,9 @@ class World:
             client.close()
 
     async def until_idle(self) -> None:
-        """Wait until nothing is in flight to any instance."""
+        """Wait until nothing is in flight to any instance, and nothing waits."""
         async with asyncio.timeout(5):
-            while self.instances.inflight:
+            while self.instances.inflight or self.room.ongoing or self.room.waiting:
                 await asyncio.sleep(0.001)
 
 
@@ -228,12 +231,14 @@ async def gateway(
     deadlines: Deadlines = Deadlines(),
     keys: Iterable[KeyEntry] = (),
     require_key: bool = False,
+    rules: Rules = Rules(max_ongoing=10_000),
 ) -> AsyncIterator[World]:
     """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
     upstreams, controls = Pools(connect_timeout_s=1.0), Pools(connect_timeout_s=1.0)
     control = controls.pool(Endpoint.unix((home or Path("/nonexistent")) / "control.sock"))
     instances = Instances(upstreams, TOKEN)
     table = Table(instances)
+    room = Room(table, rules)
     ring = KeyRing()
     feed = SnapshotFeed(table, ring, control)
     if not follow:
@@ -249,13 +254,13 @@ async def gateway(
         cors=Cors.parse(cors),
     )
     stored = StoredResponses(remembered)
-    inference = Inference(table, stored, deadlines)
+    inference = Inference(table, room, stored, deadlines)
     sock: socket.socket = bind_tcp("127.0.0.1", 0, flag="", variable="")
     async with AsyncExitStack() as stack:
         node = stack.enter_context(joined(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         observers = Observers(node, table, instances, metrics_open=metrics_open)
         responses = Responses(table, inference, stored)
-        realtime = Realtime(table, connect_timeout_s=1.0, first_events_s=first_events_s)
+        realtime = Realtime(table, room, connect_timeout_s=1.0, first_events_s=first_events_s)
         app = GatewayApp(
             access,
             table,
@@ -272,7 +277,7 @@ async def gateway(
         following = [tasks.create_task(feed.follow())] if follow else []
         async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:
             following.append(tasks.create_task(observers.keep_saying(feed, listener)))
-            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener, ring)
+            yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener, ring, room)
         for task in following:
             task.cancel()
     upstreams.close()

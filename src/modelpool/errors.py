@@ -17,6 +17,8 @@ PoolError
 ├── CapacityError          nothing can take it now; all carry Retry-After
 │   ├── ModelNotReady      503
 │   ├── NoAvailableWorker  503
+│   ├── WaitingRoomFull    429
+│   ├── TooManyOngoing     503
 │   └── Draining           503
 ├── EngineError            the engine is at fault
 │   ├── UpstreamFailed     502
@@ -169,6 +171,17 @@ class ModelNotReady(CapacityError):
 
 class NoAvailableWorker(CapacityError):
     code = "no_available_worker"
+
+
+class WaitingRoomFull(CapacityError):
+    """It may not even wait."""
+
+    status = 429
+    code = "waiting_room_full"
+
+
+class TooManyOngoing(CapacityError):
+    code = "too_many_ongoing"
 
 
 class Draining(CapacityError):

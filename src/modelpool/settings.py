@@ -52,6 +52,16 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Web pages whose scripts may use it: origins by comma, or `*`. Empty: only its own."""
     root_path: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*\Z")] = ""
     """What stands before every path where a proxy in front says so: `/pool`. Paths without it are served as well."""
+    max_ongoing_requests: Annotated[int, Meta(ge=1)] | None = None
+    """Inference requests that one gateway process sends on at once. None: what its descriptors allow."""
+    waiting_max_s: SecondsOrNone = 0.0
+    """How long a request may wait for a model that is on its way. Here 0 means not at all."""
+    waiting_max_requests: Annotated[int, Meta(ge=0)] = 1024
+    """So many may wait for one model."""
+    waiting_max_bytes: Annotated[int, Meta(ge=0)] = 256 << 20
+    """And their bodies may have this many bytes in all."""
+    waiting_heartbeat_s: Seconds = 5.0
+    """A stream that waits is sent a comment this often."""
 
     @property
     def urls_elsewhere(self) -> tuple[str, ...]:
@@ -150,6 +160,11 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_RESPONSES_REMEMBERED", "gateway.responses_remembered"),
     ("MODELPOOL_CORS_ALLOWED_ORIGINS", "gateway.cors_allowed_origins"),
     ("MODELPOOL_ROOT_PATH", "gateway.root_path"),
+    ("SERVE_MAX_ONGOING_REQUESTS", "gateway.max_ongoing_requests"),
+    ("MODELPOOL_WAITING_MAX", "gateway.waiting_max_s"),
+    ("MODELPOOL_WAITING_MAX_REQUESTS", "gateway.waiting_max_requests"),
+    ("MODELPOOL_WAITING_MAX_BYTES", "gateway.waiting_max_bytes"),
+    ("MODELPOOL_WAITING_HEARTBEAT", "gateway.waiting_heartbeat_s"),
     ("MANAGER_HOST", "manager.host"),
     ("MANAGER_PORT", "manager.port"),
     ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),

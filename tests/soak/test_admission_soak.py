@@ -1,17 +1,17 @@
-"""The state machine of tests/unit/test_admission.py, for much longer."""
+"""The state machines of tests/unit/test_admission.py and test_hold.py, for much longer."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from tests.unit.test_admission import TicketsAreServed
+from tests.unit.test_hold import NothingIsLost
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3000)]
 
-LONG = settings(max_examples=5000, stateful_step_count=200, deadline=None)
 
-
-def test_tickets_are_served_in_any_order_of_events() -> None:
-    run_state_machine_as_test(TicketsAreServed, settings=LONG)
+@pytest.mark.parametrize("machine", [TicketsAreServed, NothingIsLost])
+def test_in_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=5000, stateful_step_count=200, deadline=None))

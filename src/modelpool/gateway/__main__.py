@@ -14,11 +14,13 @@ from contextlib import AsyncExitStack, closing
 import uvloop
 
 from modelpool import process
+from modelpool.core.admission import Bounds
 from modelpool.gateway.app import GatewayApp
 from modelpool.gateway.auth import Access, check_exposure, is_loopback
 from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.cors import Cors
+from modelpool.gateway.hold import Room, Rules
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
@@ -42,6 +44,9 @@ GRACE_S = 5.0
 """What is being served gets this long to finish."""
 FIRST_SNAPSHOT_S = 2.0
 """Who connects waits for so long at first, until it is known which models there are."""
+_DESCRIPTORS_SPARE = 512
+"""For those who wait, connections that idle, the manager, the log."""
+_DESCRIPTORS_MAX = 1 << 20
 
 
 def main() -> int:
@@ -88,10 +93,11 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         table = Table(instances)
         feed = SnapshotFeed(table, keys, control)
         stored = StoredResponses(gateway.responses_remembered)
-        inference = Inference(table, stored, _deadlines(gateway))
+        room = Room(table, _rules(gateway))
+        inference = Inference(table, room, stored, _deadlines(gateway))
         observers = Observers(node, table, instances, metrics_open=gateway.metrics_open)
         responses = Responses(table, inference, stored)
-        realtime = Realtime(table, connect_timeout_s=gateway.connect_timeout_s)
+        realtime = Realtime(table, room, connect_timeout_s=gateway.connect_timeout_s)
         app = GatewayApp(
             access,
             table,
@@ -114,6 +120,15 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
             log.info("ending")
         for each in background:
             each.cancel()
+
+
+def _rules(gateway: GatewaySettings) -> Rules:
+    return Rules(
+        max_ongoing=gateway.max_ongoing_requests or ongoing_max(),
+        max_wait_s=gateway.waiting_max_s,
+        bounds=Bounds(tickets=gateway.waiting_max_requests, bytes=gateway.waiting_max_bytes),
+        heartbeat_s=gateway.waiting_heartbeat_s,
+    )
 
 
 def _deadlines(gateway: GatewaySettings) -> Deadlines:
@@ -145,6 +160,13 @@ def raise_descriptor_limit() -> None:
         log.warning("no more than %s descriptors, about half as many requests at once: %s", soft, error)
     else:
         log.info("descriptors: %s, was %s", hard, soft)
+
+
+def ongoing_max() -> int:
+    """As many requests as there are descriptors for: one to the client, one to the instance."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = soft if soft != resource.RLIM_INFINITY else _DESCRIPTORS_MAX
+    return max(1, (most - _DESCRIPTORS_SPARE) // 2)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from modelpool.errors import PoolError, error_body, error_headers
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
 _MESSAGES = re.compile(rb"^(/v1)?/messages\b")
 
 
@@ -42,13 +43,38 @@ def encode_error(error: PoolError, path: bytes, *, close: bool, head_only: bool,
 
 
 def error_event(error: PoolError, path: bytes, *, chunked: bool) -> bytes:
-    """The last event of a stream that cannot go on, which ends the body too; after whatever event came half.
+    """The last event of a stream that cannot go on, which ends the body too; after whatever event came half."""
+    return last_event(_body(error, path), path, error=True, chunked=chunked)
 
-    Where a stream's events have names, in Anthropic's and the Responses API, this one has too.
+
+def last_event(body: bytes, path: bytes, *, error: bool, chunked: bool) -> bytes:
+    """An event of JSON in one line, and the end of the stream.
+
+    Where a stream's events have names, in Anthropic's and the Responses API, an error has one too.
     """
-    name = b"event: error\n" if _MESSAGES.search(path) or b"/responses" in path else b""
-    event = b"\n\n" + name + b"data: " + _body(error, path) + b"\n\n"
-    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event) if chunked else event
+    name = b"event: error\n" if error and (_MESSAGES.search(path) or b"/responses" in path) else b""
+    event = b"\n\n" + name + b"data: " + body + b"\n\n"
+    return framed(event, chunked=True) + LAST_CHUNK if chunked else event
+
+
+def stream_head(added: bytes, *, chunked: bool, close: bool) -> bytes:
+    """The head of an event stream that begins before there is an instance to answer. `added`: more header lines."""
+    lines = [b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream", b"Cache-Control: no-cache"]
+    if chunked:
+        lines.append(b"Transfer-Encoding: chunked")
+    if close:
+        lines.append(b"Connection: close")
+    return b"\r\n".join(lines) + b"\r\n" + added + b"\r\n"
+
+
+def comment(text: bytes, *, chunked: bool) -> bytes:
+    """What readers of an event stream ignore."""
+    return framed(b": %b\n\n" % text, chunked=chunked)
+
+
+def framed(data: bytes, *, chunked: bool) -> bytes:
+    """A piece of a body. An empty one would end it."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
 
 
 def _body(error: PoolError, path: bytes) -> bytes:

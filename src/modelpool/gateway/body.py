@@ -15,7 +15,12 @@ class _Body(msgspec.Struct):
     model: Annotated[str, msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
 
 
+class _Streaming(msgspec.Struct):
+    stream: bool = False
+
+
 _DECODER = msgspec.json.Decoder(_Body)
+_STREAMING = msgspec.json.Decoder(_Streaming)
 _GOT = re.compile(r"got `(\w+)`")
 
 
@@ -35,6 +40,14 @@ def model_of(body: bytes) -> str:
     if isinstance(model, msgspec.UnsetType):
         raise _missing()
     return model
+
+
+def asks_for_stream(body: bytes) -> bool:
+    """Whether a JSON body says `"stream": true`. What it says otherwise is the engine's to judge."""
+    try:
+        return _STREAMING.decode(body).stream
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def model_of_form(content_type: bytes, body: bytes) -> str:

@@ -22,7 +22,7 @@ from modelpool.errors import (
     PoolError,
     RequestTimeout,
 )
-from modelpool.gateway.answer import CONTINUE, encode_answer, encode_error
+from modelpool.gateway.answer import CONTINUE, encode_answer, encode_error, error_event
 from modelpool.gateway.request import Request
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class ClientConnection(asyncio.Protocol):
         "_limits",
         "_loop",
         "_news",
+        "_opened",
         "_owner",
         "_parser",
         "_phase",
@@ -168,12 +169,18 @@ class ClientConnection(asyncio.Protocol):
         self._news: asyncio.Event | None = None
         self._closing = False
         self.answered = False
+        self._opened = False
 
     # For the Application
 
     def write(self, data: bytes) -> None:
         """A piece of the answer to the request that is being served."""
         self.answered = True
+        self._send(data)
+
+    def write_ahead(self, data: bytes) -> None:
+        """The head of an event stream, or a comment, while there is no answer yet: it can fail in the stream only."""
+        self._opened = True
         self._send(data)
 
     def close_after(self) -> None:
@@ -207,6 +214,11 @@ class ClientConnection(asyncio.Protocol):
     def closes(self) -> bool:
         """Whether the connection ends with the answer that is being written."""
         return self._closing or self._owner.ending
+
+    @property
+    def opened(self) -> bool:
+        """Whether something was sent ahead of the answer, and status 200 with it."""
+        return self._opened
 
     def attach(self, upstream: Upstream) -> None:
         """The answer comes from there: a client that reads slowly slows it down."""
@@ -552,6 +564,9 @@ class ClientConnection(asyncio.Protocol):
         if self.answered:
             self._closing = True
             self.abort()  # the only way to say that what was sent is not whole
+        elif self._opened:
+            self._closing = True
+            self.write(error_event(error, request.path, chunked=not request.http10))
         else:
             self.write(
                 encode_error(error, request.path, close=self.closes, head_only=request.head_only, added=request.added)
@@ -562,6 +577,7 @@ class ClientConnection(asyncio.Protocol):
         self._serving = None
         self._upstream = None
         self.answered = False
+        self._opened = False
         if self._transport is None:
             return
         if self._news is not None:

@@ -7,9 +7,10 @@ import logging
 import msgspec
 
 from modelpool.core.routing.choice import Reason
-from modelpool.errors import Draining, EngineError, InstanceNotFound, UpstreamFailed, UpstreamTimeout
+from modelpool.errors import CapacityError, Draining, EngineError, InstanceNotFound, UpstreamFailed, UpstreamTimeout
 from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
+from modelpool.gateway.hold import Room, Stay
 from modelpool.gateway.instances import Instance
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
@@ -38,8 +39,9 @@ class _Envelope(msgspec.Struct, frozen=True):
 class Inference:
     """Serves the inference routes by the routing table."""
 
-    def __init__(self, table: Table, stored: StoredResponses, deadlines: Deadlines = Deadlines()) -> None:
+    def __init__(self, table: Table, room: Room, stored: StoredResponses, deadlines: Deadlines = Deadlines()) -> None:
         self._table = table
+        self._room = room
         self._stored = stored
         self._deadlines = deadlines
 
@@ -48,8 +50,25 @@ class Inference:
         alias = _model_of_form(request) if route.kind is Kind.FORM else model_of(request.body)
         if request.caller is not None:
             request.caller.check(alias)
+        request.journey.asked(alias)
+        room, stay = self._room, None
+        while True:
+            if not room.enter(alias, request):
+                stay = stay or Stay(room, alias, request, client)
+                await stay.granted()
+            with room.held:
+                if stay is not None and request.caller is not None:
+                    request.caller.check(alias)
+                try:
+                    await self._serve_by_any(alias, request, route, client)
+                    return
+                except CapacityError as error:
+                    stay = stay or Stay(room, alias, request, client)
+                    await stay.nobody_took_it(error)
+
+    async def _serve_by_any(self, alias: str, request: Request, route: Route, client: ClientConnection) -> None:
+        """Raises CapacityError where no instance took it."""
         journey = request.journey
-        journey.asked(alias)
         tried: list[Instance] = []
         while True:
             model = self._table.model(alias)
@@ -69,14 +88,16 @@ class Inference:
 
     async def serve_at(self, instance: Instance, request: Request, route: Route, client: ClientConnection) -> None:
         """To this instance and no other."""
-        request.journey.asked(alias_of(instance.name))
-        request.journey.chose(instance, Reason.STORED, (instance,))
-        with instance.lease() as lease:
-            try:
-                lease.worked = await self._send(request, route, instance, client) < 500
-            except EngineError:
-                lease.worked = False
-                raise
+        alias = alias_of(instance.name)
+        request.journey.asked(alias)
+        async with self._room.place(alias, request, client):
+            request.journey.chose(instance, Reason.STORED, (instance,))
+            with instance.lease() as lease:
+                try:
+                    lease.worked = await self._send(request, route, instance, client) < 500
+                except EngineError:
+                    lease.worked = False
+                    raise
 
     async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> int:
         """To this instance; once more on a new connection if the pooled one turns out to have been closed.
@@ -138,6 +159,8 @@ class Inference:
             if _says_not_begun(held):
                 raise Draining(f"The instance {instance.name} takes no new requests.")
             sink.release()
+        sink.finish()
+        sink.finish()
         assert exchange.head is not None
         return exchange.head.status
 

@@ -33,6 +33,7 @@ from modelpool.errors import (
     UpgradeRequired,
 )
 from modelpool.gateway.connection import ClientConnection
+from modelpool.gateway.hold import Room
 from modelpool.gateway.instances import Instance
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Route
@@ -55,8 +56,11 @@ _EVENT = msgspec.json.Decoder(_Event)
 class Realtime:
     """Serves WebSockets by the routing table."""
 
-    def __init__(self, table: Table, *, connect_timeout_s: float, first_events_s: float = FIRST_EVENTS_S) -> None:
+    def __init__(
+        self, table: Table, room: Room, *, connect_timeout_s: float, first_events_s: float = FIRST_EVENTS_S
+    ) -> None:
         self._table = table
+        self._room = room
         self._connect_timeout_s = connect_timeout_s
         self._first_events_s = first_events_s
 
@@ -64,7 +68,7 @@ class Realtime:
         """Until either side ends. Raises PoolError before the handshake is answered."""
         handshake = _Handshake(request)
         if alias := _model_in(request.query):
-            async with self._upstream(alias, request, route) as upstream:
+            async with self._upstream(alias, request, route, client) as upstream:
                 client.switch(handshake.answer)
                 await _pass(client, upstream)
             return
@@ -73,7 +77,7 @@ class Realtime:
             async with asyncio.timeout(self._first_events_s):
                 named = await handshake.first_events(client)
             if named is not None:
-                async with self._upstream(named, request, route) as upstream:
+                async with self._upstream(named, request, route, client) as upstream:
                     upstream.write(handshake.received)
                     await _pass(client, upstream, drop_first=b'"session.created"')
         except TimeoutError:
@@ -86,12 +90,19 @@ class Realtime:
         handshake.fail(client, error)
 
     @asynccontextmanager
-    async def _upstream(self, alias: str, request: Request, route: Route) -> AsyncIterator[UpstreamSocket]:
+    async def _upstream(
+        self, alias: str, request: Request, route: Route, client: ClientConnection
+    ) -> AsyncIterator[UpstreamSocket]:
         """A WebSocket of an instance of the model, and the lease on it. Raises PoolError."""
         if request.caller is not None:
             request.caller.check(alias)
+        request.journey.asked(alias)
+        async with self._room.place(alias, request, client), self._open_any(alias, request, route) as upstream:
+            yield upstream
+
+    @asynccontextmanager
+    async def _open_any(self, alias: str, request: Request, route: Route) -> AsyncIterator[UpstreamSocket]:
         journey = request.journey
-        journey.asked(alias)
         tried: list[Instance] = []
         while True:
             model = self._table.model(alias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from modelpool.core.routing.choice import Reason, least_loaded
 from modelpool.core.routing.nearest import nearest
@@ -33,7 +33,7 @@ class Model:
     def awake(self) -> tuple[Instance, ...]:
         """All instances. Raises CapacityError when there is none."""
         if not self.instances:
-            raise _unavailable(self.entry)
+            raise self.unavailable()
         return self.instances
 
     def choose(self, tried: Collection[Instance] = ()) -> tuple[Instance, Reason]:
@@ -55,6 +55,14 @@ class Model:
         self._turn += 1
         return least_loaded(candidates, self._turn)
 
+    def unavailable(self, more: str = "") -> CapacityError:
+        """Why there is no instance, and what `more` there is to say."""
+        why = self.entry.unavailable or Unavailable(
+            code=ModelNotReady.code, message=f"The model `{self.entry.alias}` is not ready.", retry_after=RETRY_S
+        )
+        kind = NoAvailableWorker if why.code == NoAvailableWorker.code else ModelNotReady
+        return kind(why.message + more, retry_after=why.retry_after, code=why.code)
+
 
 class Table:
     """Models by alias. Empty and not `known` before the first snapshot."""
@@ -62,6 +70,7 @@ class Table:
     def __init__(self, instances: Instances) -> None:
         self._instances = instances
         self._models: dict[str, Model] = {}
+        self._watchers: list[Callable[[], None]] = []
         self.epoch = ""
         self.sequence = 0
 
@@ -80,6 +89,17 @@ class Table:
 
     def has(self, alias: str) -> bool:
         return alias in self._models
+
+    def find(self, alias: str) -> Model | None:
+        return self._models.get(alias)
+
+    def routed(self) -> frozenset[str]:
+        """The models that have an instance."""
+        return frozenset(alias for alias, model in self._models.items() if model.instances)
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` whenever the table has changed."""
+        self._watchers.append(watcher)
 
     def entries(self) -> list[ModelEntry]:
         """All registered models. Raises ManagerAway while nothing is known."""
@@ -103,6 +123,8 @@ class Table:
             self._models = {**kept, **changed}
         self.epoch, self.sequence = update.epoch, update.sequence
         self._instances.keep_only({route for model in self._models.values() for route in model.entry.routes})
+        for watcher in self._watchers:
+            watcher()
 
     def _check(self, delta: Delta) -> None:
         if (delta.epoch, delta.sequence) != (self.epoch, self.sequence + 1):
@@ -117,11 +139,3 @@ class Table:
     def _must_be_known(self) -> None:
         if not self.known:
             raise ManagerAway("The gateway has not heard yet which models there are.", retry_after=RETRY_S)
-
-
-def _unavailable(entry: ModelEntry) -> CapacityError:
-    why = entry.unavailable or Unavailable(
-        code=ModelNotReady.code, message=f"The model `{entry.alias}` is not ready.", retry_after=RETRY_S
-    )
-    kind = NoAvailableWorker if why.code == NoAvailableWorker.code else ModelNotReady
-    return kind(why.message, retry_after=why.retry_after, code=why.code)
