@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready-$(ENGINE)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check soak bench clean
+.PHONY: setup demo test check soak bench rivals clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ soak: setup
 bench: setup
 	$(BIN)/python -m benchmarks.gateway
 
+rivals:
+	PYTHON="$(PYTHON)" bash scripts/install_rivals.sh benchmarks/.rivals
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) benchmarks/.rivals build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

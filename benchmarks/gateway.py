@@ -1,145 +1,217 @@
-"""What the gateway costs: CPU per request and latency added, beside what else one could put there.
+"""What the gateway costs beside what else one could put there: CPU, latency added, memory.
 
-    python -m benchmarks.gateway [--quick] [--json FILE]
+    python -m benchmarks.gateway [--quick] [--rivals FOLDER] [--out FOLDER]
 
-One upstream that answers at once; the gateway as it runs in a pool (its own process, API key on, eight instances); the
-bare pass-through of benchmarks/passthrough.py; HAProxy and nginx where they are installed. The same load from another
-process, in rounds over all routers, of which the best counts. CPU is that of the routing process only, so that a busy
-machine matters little.
+One upstream that listens as eight engines and answers at once; the gateway as it runs in a pool (its own process, keys
+on, routing over all eight); the bare pass-through of benchmarks/passthrough.py; and what is found of HAProxy, nginx,
+vllm-router, sglang-router and LiteLLM, in FOLDER (also MODELPOOL_BENCH_RIVALS; `make rivals` fills benchmarks/.rivals)
+or on the PATH. The same load from another process, one router after the other, in rounds over all of them, of which the
+best counts. CPU is that of the router's processes only, so that a busy machine matters little; latency is at its mercy.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 
+import httpx
 import msgspec
-import psutil
 
 from benchmarks.load import Measured
-from benchmarks.routers import KEY, routers
+from benchmarks.machine import Watch, cpu_seconds, pss_bytes
+from benchmarks.pace import CHUNKS
+from benchmarks.picture import picture
+from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, best, report
+from benchmarks.routers import KEY, OURS, Running, routers, upstreams
 from modelpool.home import Home
 
-CONNECTIONS = (1, 16)
-DIRECT = "(no router)"
+CONNECTIONS = {Load.PLAIN: (1, 16, 64, 256), Load.STREAM: (1, 16, 64, 256), Load.PACED: (USUAL[Load.PACED],)}
+SLOW = frozenset({"LiteLLM"})
+"""Takes milliseconds for a request: one round, and fewer connections, or nothing would be measured but its queue."""
+SETTLE_S = 0.5
+PACE_S = 0.01
+_STREAMS = {Load.PLAIN: [], Load.STREAM: ["--stream"], Load.PACED: ["--stream", "--every", str(PACE_S)]}
+_HERE = Path(__file__).parent
+_TITLE = """# What the gateway costs
+
+Written by `make bench`.
+
+![The figures as bars](gateway.svg)
+
+"""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One router under one load. Microseconds; latency is what the client saw."""
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """How long everything takes."""
 
-    router: str
-    stream: bool
-    connections: int
-    cpu_us: float
-    p50_us: float
-    p99_us: float
-    per_second: float
+    rounds: int
+    seconds: float
+    held: int
 
 
-def load(port: int, connections: int, requests: int, *, stream: bool) -> Measured:
-    command = [sys.executable, "-m", "benchmarks.load", "--key", KEY, "--port", str(port)]
-    command += ["--connections", str(connections), "--requests", str(requests)]
-    done = subprocess.run([*command, *(["--stream"] if stream else [])], stdout=subprocess.PIPE, check=True)
+FULL = Plan(rounds=3, seconds=1.5, held=1000)
+QUICK = Plan(rounds=1, seconds=0.4, held=300)
+
+
+def load(port: int, connections: int, seconds: float, kind: Load = Load.PLAIN, *, pause: float = 0.0) -> Measured:
+    """Run a load from a process of its own. Raises RuntimeError if a request failed."""
+    command = [sys.executable, "-m", "benchmarks.load", "--key", KEY, "--port", str(port), "--pause", str(pause)]
+    command += ["--connections", str(connections), "--seconds", str(seconds), *_STREAMS[kind]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     measured = msgspec.json.decode(done.stdout, type=Measured)
     if measured.failures:
         raise RuntimeError(f"{measured.failures} of {measured.requests} requests failed")
     return measured
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+@contextmanager
+def held(port: int, count: int, *, chunks: int = 0, first: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """So many connections, all open: idle, or streams of so many chunks, one a second."""
+    command = [sys.executable, "-m", "benchmarks.hold", "--key", KEY, "--port", str(port)]
+    command += ["--count", str(count), "--chunks", str(chunks), "--first", str(first)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            if not holder.stdout.readline():
+                raise RuntimeError(f"{count} connections could not be opened")
+            yield holder
+        finally:
+            holder.communicate()
 
 
-def measure(name: str, port: int, process: psutil.Process, *, stream: bool, connections: int, requests: int) -> Row:
-    load(port, connections, requests // 10, stream=stream)  # warm: connections open, code paths seen
-    before = cpu_seconds(process)
-    measured = load(port, connections, requests, stream=stream)
+def checked(name: str, running: Running) -> bool:
+    """Whether it refuses a wrong key. Raises RuntimeError if it does not do what it is measured at."""
+    url = f"http://127.0.0.1:{running.port}/v1/chat/completions"
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    with httpx.Client(timeout=60, trust_env=False) as client:
+        right, wrong = ({"Authorization": f"Bearer {key}"} for key in (KEY, "wrong"))
+        plain = client.post(url, json=body, headers=right)
+        stream = client.post(url, json={**body, "stream": True}, headers=right)
+        if plain.status_code != 200 or not CHUNKS < stream.text.count("data: ") <= CHUNKS + 2:
+            raise RuntimeError(f"{name} does not pass requests: {plain.status_code} {plain.text} {stream.text}")
+        return client.post(url, json=body, headers=wrong).status_code != 200
+
+
+def measure(name: str, running: Running, kind: Load, connections: int, seconds: float) -> Row:
+    load(running.port, connections, seconds / 8, kind)  # warm: connections open, code paths seen
+    before = cpu_seconds(running.processes)
+    measured = load(running.port, connections, seconds, kind)
     return Row(
         router=name,
-        stream=stream,
+        load=kind,
         connections=connections,
-        cpu_us=(cpu_seconds(process) - before) / measured.requests * 1e6,
+        requests=measured.requests,
+        cpu_us=(cpu_seconds(running.processes) - before) / measured.requests * 1e6,
         p50_us=measured.p50_us,
         p99_us=measured.p99_us,
+        p999_us=measured.p999_us,
         per_second=measured.requests / measured.seconds,
+        segments=measured.segments / measured.requests,
     )
 
 
-def run(*, requests: int, rounds: int) -> list[Row]:
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="modelpool-bench-") as folder, ExitStack() as stack:
-        home = Home(Path(folder))
-        command = [sys.executable, "-m", "benchmarks.upstream", "--control", str(home.control_socket)]
-        engine = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
-        stack.callback(engine.terminate)
-        assert engine.stdout is not None
-        upstream = int(engine.stdout.readline())
-        running = {DIRECT: (upstream, psutil.Process(engine.pid))}
-        for name, start in routers(upstream, Path(folder)).items():
-            running[name] = stack.enter_context(start())
-        for _ in range(rounds):
-            for stream in (False, True):
-                for connections in CONNECTIONS:
-                    for name, (port, process) in running.items():
-                        count = requests // 8 if stream else requests
-                        rows.append(
-                            measure(name, port, process, stream=stream, connections=connections, requests=count)
-                        )
-    return rows
+def memory(name: str, running: Running, plan: Plan) -> Memory:
+    """Before any load has filled its heaps. Idle connections stay while streams come, so that both are growth."""
+    count = plan.held // 10 if name in SLOW else plan.held
+    load(running.port, 4, 0.2)
+    load(running.port, 4, 0.2, Load.STREAM)
+    start = _settled(running)
+    with held(running.port, count):
+        idle = _settled(running)
+        with held(running.port, count, chunks=3600):
+            stream = _settled(running)
+    return Memory(router=name, count=count, start=start, idle=(idle - start) / count, stream=(stream - idle) / count)
 
 
-def best(rows: Iterable[Row]) -> list[Row]:
-    """Of several rounds the least of each figure: what disturbs a measurement only ever adds to it."""
-    by_load: dict[tuple[str, bool, int], list[Row]] = {}
-    for row in rows:
-        by_load.setdefault((row.router, row.stream, row.connections), []).append(row)
-    return [
-        msgspec.structs.replace(
-            same[0],
-            cpu_us=min(row.cpu_us for row in same),
-            p50_us=min(row.p50_us for row in same),
-            p99_us=min(row.p99_us for row in same),
-            per_second=max(row.per_second for row in same),
-        )
-        for same in by_load.values()
-    ]
+def _settled(running: Running) -> int:
+    time.sleep(SETTLE_S)
+    return pss_bytes(running.processes)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """As text: per load, CPU and added latency, and their ratio to the bare pass-through's CPU."""
-    lines = [f"{'router':<18} {'CPU µs':>8} {'× bare':>7} {'added p50 µs':>13} {'added p99 µs':>13} {'requests/s':>11}"]
-    rows = list(rows)
-    for stream in (False, True):
-        for connections in CONNECTIONS:
-            same = {row.router: row for row in rows if (row.stream, row.connections) == (stream, connections)}
-            direct, bare = same[DIRECT], same["bare pass-through"]
-            what = "64-chunk stream" if stream else "plain request"
-            lines.append(f"\n{what}, {connections} connection{'s' if connections > 1 else ''}")
-            for name, row in same.items():
-                if name != DIRECT:
-                    lines.append(
-                        f"{name:<18} {row.cpu_us:>8.0f} {row.cpu_us / bare.cpu_us:>7.2f} "
-                        f"{row.p50_us - direct.p50_us:>13.0f} {row.p99_us - direct.p99_us:>13.0f} "
-                        f"{row.per_second:>11.0f}"
-                    )
-    return "\n".join(lines)
+def measure_all(running: Mapping[str, Running], plan: Plan) -> list[Row]:
+    rows = []
+    for number in range(plan.rounds):
+        for kind, several in CONNECTIONS.items():
+            for connections in several:
+                for name, each in running.items():
+                    if name not in SLOW or (number == 0 and connections <= USUAL[kind]):
+                        rows.append(measure(name, each, kind, connections, plan.seconds))
+    return best(rows)
+
+
+def run(plan: Plan, rivals: Path | None) -> Results:
+    """Start all that is there, measure it, end it."""
+    watch = Watch()
+    with tempfile.TemporaryDirectory(prefix="modelpool-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+        home = Home(folder / "home")
+        engines = stack.enter_context(upstreams(folder, control=home.control_socket))
+        found, missing = routers(engines, home, folder, rivals)
+        running = {}
+        for router, each in found.items():
+            say(f"starting {router}")
+            running[router] = stack.enter_context(each.start())
+        keyed = {router: checked(router, each) for router, each in running.items()}
+        say("measuring memory")
+        sizes = [memory(router, each, plan) for router, each in running.items()]
+        say(f"measuring CPU and latency, {plan.rounds} rounds")
+        rows = measure_all({DIRECT: Running(engines.ports[0], engines.processes), **running}, plan)
+        versions = {router: each.version for router, each in found.items()}
+    return Results(
+        ours=OURS,
+        when=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        commit=_commit(),
+        machine=watch.machine(),
+        rounds=plan.rounds,
+        versions=versions,
+        keyed=keyed,
+        missing=missing,
+        rows=rows,
+        memory=sizes,
+    )
+
+
+def say(what: str) -> None:
+    print(f"{what} …", file=sys.stderr, flush=True)
+
+
+def write(results: Results, folder: Path) -> None:
+    """Into `gateway.md`, `gateway.svg` and `gateway.json` there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gateway.md").write_text(_TITLE + report(results) + "\n")
+    (folder / "gateway.svg").write_text(picture(results))
+    (folder / "gateway.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
+
+
+def _commit() -> str:
+    """Of the tree that is measured, with a `+` if files were changed since."""
+    described = ["git", "-C", str(_HERE), "describe", "--always", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(described, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short round: figures are rough")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round: figures are rough, and kept only with --out"
+    )
+    parser.add_argument(
+        "--rivals", type=Path, default=Path(os.environ.get("MODELPOOL_BENCH_RIVALS", _HERE / ".rivals"))
+    )
+    parser.add_argument("--out", type=Path, help="where the results go (default: benchmarks/results)")
     given = parser.parse_args()
-    rows = best(run(requests=2_000, rounds=1) if given.quick else run(requests=16_000, rounds=3))
-    print(table(rows))
-    if given.json:
-        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
+    results = run(QUICK if given.quick else FULL, given.rivals)
+    print(report(results))
+    if given.out or not given.quick:
+        write(results, given.out or _HERE / "results")
 
 
 if __name__ == "__main__":

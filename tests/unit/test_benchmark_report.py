@@ -1,0 +1,103 @@
+"""What is made of the benchmarks' figures."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import msgspec
+import pytest
+from benchmarks.machine import Machine
+from benchmarks.pace import Pace
+from benchmarks.picture import picture
+from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, aims, best, report, table
+
+
+def row(router: str, load: Load = Load.PLAIN, connections: int = 0, **figures: float) -> Row:
+    usual = {"cpu_us": 40.0, "p50_us": 100.0, "p99_us": 200.0, "p999_us": 300.0, "per_second": 1e3, "segments": 1.0}
+    return msgspec.convert(
+        {
+            "router": router,
+            "load": load,
+            "connections": connections or USUAL[load],
+            "requests": 5000,
+            **usual,
+            **figures,
+        },
+        Row,
+    )
+
+
+def results(**cpu_us: float) -> Results:
+    names = [name.replace("_", "-") for name in cpu_us]
+    rows = [row(name, load, cpu_us=cpu) for name, cpu in zip(names, cpu_us.values(), strict=True) for load in Load]
+    direct = [row(DIRECT, load, p50_us=90.0, p99_us=150.0, p999_us=250.0) for load in Load]
+    return Results(
+        ours=names[0],
+        when="2026-01-01 00:00",
+        commit="abc",
+        machine=Machine(cores=2, processor="a processor", python="3.11", others=0.25),
+        rounds=1,
+        versions=dict.fromkeys(names, "1.0"),
+        keyed=dict.fromkeys(names, True),
+        missing=["nginx"],
+        rows=[*rows, *direct],
+        memory=[Memory(router=name, count=10, start=10**7, idle=1e3, stream=1e4) for name in names],
+    )
+
+
+def test_of_several_rounds_the_least_of_each_figure_counts() -> None:
+    first, second = row("a", cpu_us=50, p50_us=10, per_second=5), row("a", cpu_us=40, p50_us=20, per_second=9)
+    other = row("b", cpu_us=1)
+    merged = {each.router: each for each in best([first, other, second])}
+    assert (merged["a"].cpu_us, merged["a"].p50_us, merged["a"].per_second) == (40, 10, 9)
+    assert merged["b"] == other
+
+
+def test_rows_of_other_loads_and_connections_are_not_merged() -> None:
+    assert len(best([row("a"), row("a", Load.STREAM), row("a", connections=64)])) == 3
+
+
+def test_a_ratio_above_its_limit_is_not_kept() -> None:
+    found = {aim.what: aim for aim in aims(results(ours=40, vllm_router=100, sglang_router=70))}
+    assert found["CPU of a plain request"].rival == "sglang-router"
+    assert found["CPU of a plain request"].ratio == pytest.approx(4 / 7)
+    text = report(results(ours=40, vllm_router=100, sglang_router=70))
+    assert "CPU of a plain request, of vllm-router's" in text
+    kept = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in text.splitlines() if "CPU of a" in line}
+    assert kept["CPU of a plain request, of vllm-router's"] == "yes"
+    assert kept["CPU of a plain request, of sglang-router's"] == "no"
+
+
+def test_without_rivals_there_is_a_report_that_says_what_is_missing() -> None:
+    text = report(results(ours=40))
+    assert "left out: nginx" in text
+    assert aims(results(ours=40)) == []
+
+
+def test_a_slow_router_is_absent_where_it_was_not_measured() -> None:
+    every = results(ours=40, slow=400)
+    some = [each for each in every.rows if not (each.router == "slow" and each.load is Load.PACED)]
+    extra = row("ours", connections=256), row(DIRECT, connections=256)
+    text = report(msgspec.structs.replace(every, rows=[*some, *extra]))
+    assert "| slow 1.0 |" in text.replace("  ", " ")
+    assert "slow" in picture(msgspec.structs.replace(every, rows=some))
+
+
+def test_a_table_reads_as_text() -> None:
+    assert table(["a", "bb"], [["ccc", "1"]]).splitlines() == ["| a   | bb |", "| --- | -: |", "| ccc |  1 |"]
+
+
+def test_the_picture_is_svg_with_every_router() -> None:
+    root = ET.fromstring(picture(results(ours=40, vllm_router=100)))
+    texts = [each.text or "" for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("ours") == texts.count("vllm-router") == 6
+    assert "100 µs (2.5×)" in texts
+
+
+def test_a_paced_stream_is_as_long_as_asked_and_no_two_events_are_the_same() -> None:
+    pace = Pace(7, 60, 0.5)
+    assert Pace.of(pace.prompt()) == pace
+    assert Pace.of("pace is a word") is None
+    events = {Pace(number, 60, 0.5).event(index) for number in range(20) for index in range(60)}
+    assert len(events) == 20 * 60
+    assert {len(event) for event in events} == {200}
