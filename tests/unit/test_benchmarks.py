@@ -1,11 +1,13 @@
-"""What is made of the benchmarks' figures."""
+"""What the benchmarks see, and what is made of it."""
 
 from __future__ import annotations
 
+import asyncio
 import xml.etree.ElementTree as ET
 
 import msgspec
 import pytest
+from benchmarks.hold import Connection
 from benchmarks.machine import Machine
 from benchmarks.pace import Pace
 from benchmarks.picture import picture
@@ -101,3 +103,31 @@ def test_a_paced_stream_is_as_long_as_asked_and_no_two_events_are_the_same() -> 
     events = {Pace(number, 60, 0.5).event(index) for number in range(20) for index in range(60)}
     assert len(events) == 20 * 60
     assert {len(event) for event in events} == {200}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        (lambda body: body, False),
+        (lambda body: body[:500] + b"?" + body[501:], True),
+        (lambda body: body[:400] + body[600:], True),
+        (lambda body: body[:400] + body[200:], True),
+        (lambda body: body + b"more", True),
+    ],
+)
+def test_a_stream_with_a_byte_changed_lost_doubled_or_added_is_wrong(
+    changed: Callable[[bytes], bytes], wrong: bool
+) -> None:
+    async def held() -> Connection:
+        pace = Pace(3, 4, 0.0)
+        body = b"".join(map(pace.event, range(4))) + b"data: [DONE]\n\n"
+        connection = Connection(b"", pace)
+        for piece in batched(changed(body), 150):
+            connection.on_body(piece)
+        return connection
+
+    assert asyncio.run(held()).wrong is wrong
+
+
+def batched(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]

@@ -1,0 +1,14 @@
+"""Many streams at once, for a moment; tests/soak/test_streams.py has the whole of it."""
+
+from __future__ import annotations
+
+from benchmarks import streams
+
+
+def test_many_streams_are_whole_take_little_memory_and_delay_nobody() -> None:
+    outcome = streams.run(streams=500, seconds=5)
+    print(f"\n{outcome.text()}")
+    assert (outcome.complete, outcome.wrong) == (500, 0)
+    assert outcome.all_open_s >= 5
+    assert outcome.stream_bytes < 40e3
+    assert outcome.others.p99_us < 500e3
