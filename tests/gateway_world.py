@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -228,6 +229,7 @@ async def gateway(
     first_events_s: float = 60.0,
     cors: str = "",
     root_path: str = "",
+    tls: ssl.SSLContext | None = None,
     deadlines: Deadlines = Deadlines(),
     keys: Iterable[KeyEntry] = (),
     require_key: bool = False,
@@ -275,7 +277,7 @@ async def gateway(
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         following = [tasks.create_task(feed.follow())] if follow else []
-        async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s) as listener:
+        async with listening(sock, app, limits or Limits(body_bytes=1 << 20), grace_s=grace_s, tls=tls) as listener:
             following.append(tasks.create_task(observers.keep_saying(feed, listener)))
             yield World(Endpoint(*sock.getsockname()[:2]), table, instances, feed, stored, listener, ring, room)
         for task in following:

@@ -62,6 +62,13 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """And their bodies may have this many bytes in all."""
     waiting_heartbeat_s: Seconds = 5.0
     """A stream that waits is sent a comment this often."""
+    tls_cert_file: str = ""
+    """Serve https with this certificate and its chain (PEM)."""
+    tls_key_file: str = ""
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.tls_cert_file else "http"
 
     @property
     def urls_elsewhere(self) -> tuple[str, ...]:
@@ -72,7 +79,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         except ValueError:
             own = self.host in ("", "localhost")
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return () if own or not self.port else (f"http://{host}:{self.port}",)
+        return () if own or not self.port else (f"{self.scheme}://{host}:{self.port}",)
 
 
 class ManagerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,6 +130,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     token: str = ""
     """The cluster token. Empty: read from `home`."""
     log_level: str = "info"
+    tls_ca_file: str = ""
+    """Who signed the gateways' certificates, where this machine does not know them: for workers and commands."""
     gateway: GatewaySettings = GatewaySettings()
     manager: ManagerSettings = ManagerSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -143,6 +152,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_RUN_ID", "run_id"),
     ("MODELPOOL_TOKEN", "token"),
     ("MODELPOOL_LOG_LEVEL", "log_level"),
+    ("MODELPOOL_TLS_CA_FILE", "tls_ca_file"),
     ("ROUTER_HOST", "gateway.host"),
     ("SERVE_HOST", "gateway.host"),
     ("ROUTER_PORT", "gateway.port"),
@@ -165,6 +175,8 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_WAITING_MAX_REQUESTS", "gateway.waiting_max_requests"),
     ("MODELPOOL_WAITING_MAX_BYTES", "gateway.waiting_max_bytes"),
     ("MODELPOOL_WAITING_HEARTBEAT", "gateway.waiting_heartbeat_s"),
+    ("MODELPOOL_TLS_CERT_FILE", "gateway.tls_cert_file"),
+    ("MODELPOOL_TLS_KEY_FILE", "gateway.tls_key_file"),
     ("MANAGER_HOST", "manager.host"),
     ("MANAGER_PORT", "manager.port"),
     ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),

@@ -22,7 +22,7 @@ from modelpool.cli.client import PoolClient, Trouble, fail, local_address
 from modelpool.cli.command import program
 from modelpool.cli.tables import considered_table, instances_table, keys_table, models_table, status_line, workers_table
 from modelpool.cli.waiting import is_ready, wait
-from modelpool.home import AlreadyRunning
+from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.admin import ModelView
 from modelpool.process import StartupError
 from modelpool.settings import Settings, SettingsError, load, to_environ
@@ -133,9 +133,9 @@ def worker_command(
         },
     )
     if settings.worker.manager_url == Settings().worker.manager_url and (local := local_address(settings)):
-        settings = msgspec.structs.replace(
-            settings, worker=msgspec.structs.replace(settings.worker, manager_url=local.url)
-        )
+        # Where https is served, its certificate is for a name that others use, and may be known to nobody here.
+        url = f"unix:{Home(settings.home_path).control_socket}" if local.cert_file else local.url
+        settings = msgspec.structs.replace(settings, worker=msgspec.structs.replace(settings.worker, manager_url=url))
     os.environ.update(to_environ(settings), SPT_NOENV="1")
     try:
         run(settings)

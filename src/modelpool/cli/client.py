@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
 from modelpool.messages.explain import Explanation
 from modelpool.messages.keys import KeyMade, KeyView
+from modelpool.process import StartupError
 from modelpool.settings import Settings, pool_url
+from modelpool.tls import client_context, own_context
 
 T = TypeVar("T")
 
@@ -31,11 +34,15 @@ _AWAY_RETRY_S = 0.5
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """What `modelpool up` leaves in its run directory for the commands that come after it. `pid` is its own."""
+    """What `modelpool up` leaves in its run directory for the commands that come after it. `pid` is its own.
+
+    `cert_file`: what it serves https with.
+    """
 
     url: str
     run_id: str
     pid: int = 0
+    cert_file: str = ""
 
 
 class Trouble(Exception):
@@ -83,9 +90,19 @@ class PoolClient:
         self.key = _key(settings, local=self.local is not None)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False)
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=30.0, trust_env=False, verify=self._trusted(settings)
+            )
+        except StartupError as error:
+            raise Trouble(error.reason, error.hint) from error
         except httpx.InvalidURL as error:
             raise Trouble(f"{self.url} is no address: {error}", "Give it as http://host:port.") from error
+
+    def _trusted(self, settings: Settings) -> ssl.SSLContext | bool:
+        """The own pool by its certificate, which is for the name that others reach it by. Raises StartupError."""
+        if self.local is not None and self.local.cert_file:
+            return own_context(self.local.cert_file)
+        return client_context(settings.tls_ca_file)
 
     def close(self) -> None:
         self._http.close()
@@ -163,6 +180,11 @@ class PoolClient:
         try:
             yield
         except httpx.ConnectError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise Trouble(
+                    f"the certificate of {self.url} is not trusted: {error}",
+                    "Use the name that it is for, and say who signed it with MODELPOOL_TLS_CA_FILE.",
+                ) from error
             raise Trouble(
                 f"no pool answers at {self.url}",
                 f"Start one with `{program()} up`, or name another with --url or MODELPOOL_URL.",

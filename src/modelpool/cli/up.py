@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
@@ -61,10 +62,16 @@ async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
             await _serve(settings, home, pool, screen, with_demo=with_demo)
 
 
+def _cert_file(settings: Settings) -> str:
+    file = settings.gateway.tls_cert_file
+    return str(Path(file).expanduser().absolute()) if file else ""
+
+
 async def _serve(settings: Settings, home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo: bool) -> None:
     address = address_file(settings)
     with open_private(address, "wb") as file:
-        file.write(msgspec.json.encode(PoolAddress(url=pool.url, run_id=settings.run_id, pid=os.getpid())))
+        here = PoolAddress(url=pool.url, run_id=settings.run_id, pid=os.getpid(), cert_file=_cert_file(settings))
+        file.write(msgspec.json.encode(here))
     try:
         async with asyncio.TaskGroup() as tasks:
             keeping = tasks.create_task(pool.keep())

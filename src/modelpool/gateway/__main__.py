@@ -8,6 +8,7 @@ import math
 import resource
 import signal
 import socket
+import ssl
 import sys
 from contextlib import AsyncExitStack, closing
 
@@ -37,6 +38,7 @@ from modelpool.home import Home
 from modelpool.relay import Deadlines, Endpoint, Pools
 from modelpool.settings import GatewaySettings, Settings, SettingsError, from_environment
 from modelpool.tcp import bind_tcp, inherited, url_of
+from modelpool.tls import server_context
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +57,12 @@ def main() -> int:
         process.enter("gateway", log_level=settings.log_level)
         raise_descriptor_limit()
         check_exposure(settings.gateway)
+        tls = server_context(settings.gateway.tls_cert_file, settings.gateway.tls_key_file)
         home = Home(settings.home_path)
         sock = inherited() or bind_tcp(
             settings.gateway.host, settings.gateway.port, flag="--port", variable="SERVE_PORT"
         )
-        uvloop.run(serve(settings, home, sock))
+        uvloop.run(serve(settings, home, sock, tls))
     except (process.StartupError, SettingsError, OSError) as error:
         hint = error.hint if isinstance(error, process.StartupError) else ""
         log.error("cannot start: %s", error)
@@ -68,7 +71,7 @@ def main() -> int:
     return 0
 
 
-async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
+async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
     """Serve until SIGTERM or SIGINT, and then until what is being served has ended, or a second signal came."""
     gateway = settings.gateway
     token = settings.token or home.cluster_token()
@@ -113,9 +116,10 @@ async def serve(settings: Settings, home: Home, sock: socket.socket) -> None:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
         await feed.wait_first(FIRST_SNAPSHOT_S)
-        async with listening(sock, app, Limits(body_bytes=gateway.max_body_bytes), grace_s=GRACE_S) as listener:
+        limits = Limits(body_bytes=gateway.max_body_bytes)
+        async with listening(sock, app, limits, grace_s=GRACE_S, tls=tls) as listener:
             background.append(tasks.create_task(observers.keep_saying(feed, listener)))
-            process.announce(process.Ready(url_of(sock)))
+            process.announce(process.Ready(url_of(sock, gateway.scheme)))
             await ending.wait()
             log.info("ending")
         for each in background:

@@ -580,7 +580,7 @@ class ClientConnection(asyncio.Protocol):
         self._opened = False
         if self._transport is None:
             return
-        if self._news is not None:
+        if self._news is not None and self._transport.can_write_eof():
             self._linger()
         elif self.closes:
             self._close()

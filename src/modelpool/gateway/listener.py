@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -58,12 +59,19 @@ class Listener:
 
 @asynccontextmanager
 async def listening(
-    sock: socket.socket, app: Application, limits: Limits, *, grace_s: float
+    sock: socket.socket, app: Application, limits: Limits, *, grace_s: float, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Listener]:
     """Serve `app` on a bound socket. Left, no connection and no request of it is alive."""
     loop = asyncio.get_running_loop()
     listener = Listener()
-    server = await loop.create_server(lambda: ClientConnection(app, listener, limits, loop), sock=sock, backlog=BACKLOG)
+    server = await loop.create_server(
+        lambda: ClientConnection(app, listener, limits, loop),
+        sock=sock,
+        backlog=BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=limits.head_s if tls else None,
+        ssl_shutdown_timeout=limits.linger_s if tls else None,
+    )
     async with asyncio.TaskGroup() as tasks:
         deadlines = tasks.create_task(listener.enforce_deadlines(limits.check_s))
         try:

@@ -23,6 +23,7 @@ from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import WorkerDescription, WorkerInfo
 from modelpool.settings import Settings, SettingsError, from_environment, pool_url
+from modelpool.tls import client_context
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
 from modelpool.worker.devices import find_devices
 from modelpool.worker.forkserver import Forkserver
@@ -140,6 +141,7 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
             describe=describe,
             changed=changed,
             interval_s=worker.heartbeat_interval_s,
+            trusted=client_context(settings.tls_ca_file),
         )
         await _run(Server(app), sock, supervisor, registration, ending, gone, info.url)
 

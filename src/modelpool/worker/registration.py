@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from urllib.parse import quote
@@ -38,7 +39,8 @@ class Registration:
     """Keeps the manager informed while `run` runs; whatever goes wrong there, the worker goes on.
 
     `describe` gives the worker as it is now. `changed` is set when that is worth telling at once. `manager_url` may be
-    `unix:` and a path; where it is a gateway's, the other gateways are tried when it cannot be reached.
+    `unix:` and a path; where it is a gateway's, the other gateways are tried when it cannot be reached. `trusted` says
+    whose certificates are believed, as for httpx.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Registration:
         describe: Callable[[], Awaitable[WorkerDescription]],
         changed: asyncio.Event,
         interval_s: float,
+        trusted: ssl.SSLContext | bool = True,
     ) -> None:
         self._own_url = manager_url
+        self._trusted = trusted
         self._token = token
         self._info = info
         self._describe = describe
@@ -67,7 +71,7 @@ class Registration:
         retry_s = _RETRY_FIRST_S
         while True:
             try:
-                async with _client(self._url, self._token) as http:
+                async with _client(self._url, self._token, self._trusted) as http:
                     await self._register(http)
                     retry_s = _RETRY_FIRST_S
                     await self._keep_reporting(http)
@@ -86,7 +90,7 @@ class Registration:
         if not self._registered:
             return
         with suppress(httpx.HTTPError, OSError, TimeoutError):
-            async with asyncio.timeout(_UNREGISTER_S), _client(self._url, self._token) as http:
+            async with asyncio.timeout(_UNREGISTER_S), _client(self._url, self._token, self._trusted) as http:
                 response = await http.delete(f"/workers/{quote(self._info.worker_id, safe='')}/unregister")
                 if response.is_success:
                     self._registered = False
@@ -172,10 +176,12 @@ def _refusal(response: httpx.Response) -> str:
     return f"{text}; {_TOKEN_HINT}" if response.status_code in (401, 403) else text
 
 
-def _client(url: str, token: str) -> httpx.AsyncClient:
+def _client(url: str, token: str, trusted: ssl.SSLContext | bool) -> httpx.AsyncClient:
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     if url.startswith("unix:"):
         transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"))
         return httpx.AsyncClient(base_url="http://control", transport=transport, headers=headers, timeout=_TIMEOUT)
     # No proxy of the environment: the manager is ours, and the token with it.
-    return httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT, trust_env=False)
+    return httpx.AsyncClient(
+        base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT, trust_env=False, verify=trusted
+    )
