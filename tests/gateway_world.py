@@ -7,7 +7,8 @@ import contextlib
 import socket
 import ssl
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,7 @@ from modelpool.gateway.hold import Room, Rules
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
+from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.listener import Listener, listening
 from modelpool.gateway.observe.observers import Observers
 from modelpool.gateway.realtime import Realtime
@@ -233,6 +235,8 @@ async def gateway(
     deadlines: Deadlines = Deadlines(),
     keys: Iterable[KeyEntry] = (),
     require_key: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    folder: Path | None = None,
     rules: Rules = Rules(max_ongoing=10_000),
 ) -> AsyncIterator[World]:
     """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
@@ -256,13 +260,16 @@ async def gateway(
         cors=Cors.parse(cors),
     )
     stored = StoredResponses(remembered)
-    inference = Inference(table, room, stored, deadlines)
     sock: socket.socket = bind_tcp("127.0.0.1", 0, flag="", variable="")
     async with AsyncExitStack() as stack:
-        node = stack.enter_context(joined(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
+        node = stack.enter_context(joined(folder or Path(temporary)))
+        limiter = Limiter(node, clock=clock)
+        ring.when_gone(limiter.forget)
+        inference = Inference(table, room, stored, limiter, deadlines)
         observers = Observers(node, table, instances, metrics_open=metrics_open)
         responses = Responses(table, inference, stored)
-        realtime = Realtime(table, room, connect_timeout_s=1.0, first_events_s=first_events_s)
+        realtime = Realtime(table, room, limiter, connect_timeout_s=1.0, first_events_s=first_events_s)
         app = GatewayApp(
             access,
             table,

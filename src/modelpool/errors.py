@@ -12,6 +12,7 @@ PoolError
 │   ├── Conflict           409
 │   ├── BodyTooLarge       413
 │   ├── UpgradeRequired    426
+│   ├── RateLimitExceeded  429
 │   ├── HeadersTooLarge    431
 │   └── InvalidBody        422  a control-plane body: field, value, what is allowed
 ├── CapacityError          nothing can take it now; all carry Retry-After
@@ -147,6 +148,17 @@ class UpgradeRequired(CallerError):
 
     status = 426
     code = "upgrade_required"
+
+
+class RateLimitExceeded(CallerError):
+    """A limit of the caller's key. `type` says which, as OpenAI has it: "requests" or "tokens"."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, type: str, retry_after: float | None) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.type = type
 
 
 class HeadersTooLarge(CallerError):

@@ -81,3 +81,24 @@ def test_the_example_of_the_documentation_makes_a_key_that_works(own_pool: PoolP
     made, listed = (json.loads(text) for text in re.findall(r"\{.*?\}(?:\]\}|,\"secret\":\"[^\"]*\"\})", done.stdout))
     assert listed["keys"] == [made["key"]]
     assert (status(pool, made["secret"], "echo"), status(pool, made["secret"])) == (200, 403)
+
+
+def test_a_limit_made_by_command_holds_and_its_tokens_are_the_engines_own(own_pool: PoolProcess) -> None:
+    pool = own_pool
+    pool.register("m", fake=True, fake_response="one two three")
+    pool.wait_active("m", within=30)
+    secret = keys(pool, "create", "alice", "--rpm", "3", "--tpm", "10000", "--concurrency", "2")["secret"]
+    client = openai.OpenAI(base_url=f"{pool.url}/v1", api_key=secret, max_retries=0)
+    messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
+    left = 10_000
+    for number in range(3):
+        answer = client.chat.completions.with_raw_response.create(model="m", messages=messages, max_tokens=200)
+        assert answer.headers["x-ratelimit-remaining-requests"] == str(2 - number)
+        assert left - 300 < int(answer.headers["x-ratelimit-remaining-tokens"]) < left - 200
+        usage = answer.parse().usage
+        assert usage is not None
+        left -= usage.total_tokens
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.chat.completions.create(model="m", messages=messages)
+    assert 55 <= int(refused.value.response.headers["retry-after"]) <= 60
+    assert refused.value.response.headers["x-ratelimit-remaining-tokens"] == str(left)

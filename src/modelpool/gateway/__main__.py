@@ -26,6 +26,7 @@ from modelpool.gateway.inference import Inference
 from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
+from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.listener import listening
 from modelpool.gateway.observe.observers import Observers
 from modelpool.gateway.realtime import Realtime
@@ -97,10 +98,12 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         feed = SnapshotFeed(table, keys, control)
         stored = StoredResponses(gateway.responses_remembered)
         room = Room(table, _rules(gateway))
-        inference = Inference(table, room, stored, _deadlines(gateway))
+        limiter = Limiter(node)
+        keys.when_gone(limiter.forget)
+        inference = Inference(table, room, stored, limiter, _deadlines(gateway))
         observers = Observers(node, table, instances, metrics_open=gateway.metrics_open)
         responses = Responses(table, inference, stored)
-        realtime = Realtime(table, room, connect_timeout_s=gateway.connect_timeout_s)
+        realtime = Realtime(table, room, limiter, connect_timeout_s=gateway.connect_timeout_s)
         app = GatewayApp(
             access,
             table,

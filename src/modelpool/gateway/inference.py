@@ -12,6 +12,7 @@ from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.hold import Room, Stay
 from modelpool.gateway.instances import Instance
+from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Kind, Route
@@ -39,10 +40,18 @@ class _Envelope(msgspec.Struct, frozen=True):
 class Inference:
     """Serves the inference routes by the routing table."""
 
-    def __init__(self, table: Table, room: Room, stored: StoredResponses, deadlines: Deadlines = Deadlines()) -> None:
+    def __init__(
+        self,
+        table: Table,
+        room: Room,
+        stored: StoredResponses,
+        limiter: Limiter,
+        deadlines: Deadlines = Deadlines(),
+    ) -> None:
         self._table = table
         self._room = room
         self._stored = stored
+        self._limiter = limiter
         self._deadlines = deadlines
 
     async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
@@ -51,6 +60,10 @@ class Inference:
         if request.caller is not None:
             request.caller.check(alias)
         request.journey.asked(alias)
+        with self._limiter.admitted(request, route):
+            await self._serve_in_turn(alias, request, route, client)
+
+    async def _serve_in_turn(self, alias: str, request: Request, route: Route, client: ClientConnection) -> None:
         room, stay = self._room, None
         while True:
             if not room.enter(alias, request):
@@ -90,14 +103,15 @@ class Inference:
         """To this instance and no other."""
         alias = alias_of(instance.name)
         request.journey.asked(alias)
-        async with self._room.place(alias, request, client):
-            request.journey.chose(instance, Reason.STORED, (instance,))
-            with instance.lease() as lease:
-                try:
-                    lease.worked = await self._send(request, route, instance, client) < 500
-                except EngineError:
-                    lease.worked = False
-                    raise
+        with self._limiter.admitted(request, route):
+            async with self._room.place(alias, request, client):
+                request.journey.chose(instance, Reason.STORED, (instance,))
+                with instance.lease() as lease:
+                    try:
+                        lease.worked = await self._send(request, route, instance, client) < 500
+                    except EngineError:
+                        lease.worked = False
+                        raise
 
     async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> int:
         """To this instance; once more on a new connection if the pooled one turns out to have been closed.
@@ -140,7 +154,8 @@ class Inference:
             )
         else:
             sink = PassThrough(request, client, hold=_MAY_SAY_SO)
-        exchange = await instance.pool.send(upstream, sink, fresh=fresh)
+        watched = sink if request.meter is None else request.meter.watching(sink)
+        exchange = await instance.pool.send(upstream, watched, fresh=fresh)
         request.journey.sent()
         exchange.deadlines = self._deadlines
         client.attach(exchange)
@@ -159,7 +174,6 @@ class Inference:
             if _says_not_begun(held):
                 raise Draining(f"The instance {instance.name} takes no new requests.")
             sink.release()
-        sink.finish()
         sink.finish()
         assert exchange.head is not None
         return exchange.head.status

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 
+from modelpool.core.limits import Limits
 from modelpool.errors import Forbidden, Unauthorized
 from modelpool.gateway.table import Gap
 from modelpool.messages.routing import KeyEntry, KeysDelta, KeysUpdate
@@ -12,7 +14,7 @@ from modelpool.messages.routing import KeyEntry, KeysDelta, KeysUpdate
 class Caller:
     """Who sends a request: one object per key, the same for all its requests. Nothing but `live` ever changes."""
 
-    __slots__ = ("id", "live", "models", "name", "priority")
+    __slots__ = ("id", "limits", "live", "models", "name", "priority")
 
     def __init__(self, entry: KeyEntry) -> None:
         self.id = entry.id
@@ -21,6 +23,10 @@ class Caller:
         """Aliases it may use; empty: all."""
         self.priority = entry.priority
         """The higher, the sooner a request of it is served when there is a queue."""
+        limits = Limits(
+            requests=entry.requests_per_minute, tokens=entry.tokens_per_minute, concurrency=entry.max_concurrency
+        )
+        self.limits = None if limits == Limits() else limits
         self.live = True
         """False once it is revoked."""
 
@@ -56,6 +62,11 @@ class KeyRing:
         self._sequence = 0
         self._entries: dict[str, KeyEntry] = {}
         self._callers: dict[bytes, Caller] = {}
+        self._when_gone: list[Callable[[Caller], None]] = []
+
+    def when_gone(self, act: Callable[[Caller], None]) -> None:
+        """Have `act` called for each caller whose key is revoked."""
+        self._when_gone.append(act)
 
     def caller(self, secret: bytes) -> Caller | None:
         """Whose key it is. In a dict of digests there is nothing to time: nobody can choose a digest."""
@@ -84,3 +95,6 @@ class KeyRing:
         for gone in before.values():
             gone.live = False
         self._entries, self._callers = entries, callers
+        for caller in before.values():
+            for act in self._when_gone:
+                act(caller)

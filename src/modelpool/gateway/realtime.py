@@ -35,6 +35,7 @@ from modelpool.errors import (
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.hold import Room
 from modelpool.gateway.instances import Instance
+from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Route
 from modelpool.gateway.table import Table
@@ -57,10 +58,17 @@ class Realtime:
     """Serves WebSockets by the routing table."""
 
     def __init__(
-        self, table: Table, room: Room, *, connect_timeout_s: float, first_events_s: float = FIRST_EVENTS_S
+        self,
+        table: Table,
+        room: Room,
+        limiter: Limiter,
+        *,
+        connect_timeout_s: float,
+        first_events_s: float = FIRST_EVENTS_S,
     ) -> None:
         self._table = table
         self._room = room
+        self._limiter = limiter
         self._connect_timeout_s = connect_timeout_s
         self._first_events_s = first_events_s
 
@@ -97,8 +105,9 @@ class Realtime:
         if request.caller is not None:
             request.caller.check(alias)
         request.journey.asked(alias)
-        async with self._room.place(alias, request, client), self._open_any(alias, request, route) as upstream:
-            yield upstream
+        with self._limiter.admitted(request, route):
+            async with self._room.place(alias, request, client), self._open_any(alias, request, route) as upstream:
+                yield upstream
 
     @asynccontextmanager
     async def _open_any(self, alias: str, request: Request, route: Route) -> AsyncIterator[UpstreamSocket]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from modelpool.errors import PoolError
 from modelpool.gateway.keys import Caller
+from modelpool.gateway.meter import Meter
 from modelpool.gateway.observe.journey import Journey
 from modelpool.gateway.routes import Route
 
@@ -13,8 +14,8 @@ class Request:
 
     `by_name` holds each header's last value. Set when the head is there: `id`; `added`, header lines that the answer is
     to carry; `route` and `refusal`, what it is for, or why it is refused; `caller`, for those with a managed API key.
-    `body` is whole by the time the request is served. If it is for a model it has a `journey` then.
-    `upgrade`: it is to become a WebSocket.
+    `body` is whole by the time the request is served. If it is for a model it has a `journey` then, and a `meter` if
+    its tokens are counted. `upgrade`: it is to become a WebSocket.
     """
 
     __slots__ = (
@@ -27,6 +28,7 @@ class Request:
         "id",
         "journey",
         "keep_alive",
+        "meter",
         "method",
         "path",
         "query",
@@ -52,6 +54,7 @@ class Request:
         self.body = b""
         self.route: Route | None = None
         self.caller: Caller | None = None
+        self.meter: Meter | None = None
         self.refusal: PoolError | None = None
         self.upgrade = False
 

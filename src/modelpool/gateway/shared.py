@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from modelpool.process import StartupError
 
@@ -22,6 +23,42 @@ SLOTS = 64
 """Gateway processes on one node, at most."""
 LOCK_WAIT_S = 0.005
 _LOCKS_AT = 1 << 20
+_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
+
+
+class Lock:
+    """Held in a `with`, for as long as a few writes take; can be used again.
+
+    Gone on without after 5 ms: a process that was stopped while it held the lock must not stop the others.
+    """
+
+    __slots__ = ("_fd", "_held", "_offset")
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self._fd = fd
+        self._offset = offset
+        self._held = False
+
+    def __enter__(self) -> None:
+        try:
+            fcntl.lockf(self._fd, _EXCLUSIVE, 1, self._offset)
+            self._held = True
+        except OSError:
+            self._held = self._wait()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._held:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._offset)
+
+    def _wait(self) -> bool:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while time.monotonic() < deadline:
+            os.sched_yield()
+            if _try_lock(self._fd, self._offset):
+                return True
+        return False
 
 
 class Node:
@@ -34,39 +71,31 @@ class Node:
         self._used = self.map("slots", SLOTS)
         self._clear: list[Callable[[int], None]] = []
 
-    def map(self, name: str, size: int, *, own: int = 0) -> mmap.mmap:
+    def map(self, name: str, size: int, *, own: int = 0, whole: bool = False) -> mmap.mmap:
         """`size` bytes that all processes see, zero at first. They outlive the processes; unused pages take no room.
 
-        `own`: the size of a slot's part, of which ours is reserved now. Without room for that there is an OSError here;
-        later a write would end the process.
+        `own`: the size of a slot's part, of which ours is reserved now; `whole`: all is. Without room for that there is
+        an OSError here; later a write would end the process. Each map takes a descriptor.
         """
         fd = os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if os.fstat(fd).st_size < size:
                 os.ftruncate(fd, size)
+            if whole:
+                os.posix_fallocate(fd, 0, size)
             if own:
                 os.posix_fallocate(fd, self.slot * own, own)
             return mmap.mmap(fd, size)
         finally:
             os.close(fd)
 
-    @contextmanager
-    def lock(self, number: int) -> Iterator[None]:
-        """Hold one of any number of locks, for as long as a few writes take.
+    def lock(self, number: int) -> Lock:
+        """One of any number of locks."""
+        return Lock(self._fd, _LOCKS_AT + number)
 
-        Gone on without after 5 ms: a process that was stopped while it held the lock must not stop the others.
-        """
-        offset = _LOCKS_AT + number
-        held = _try_lock(self._fd, offset)
-        deadline = 0.0 if held else time.monotonic() + LOCK_WAIT_S
-        while not held and time.monotonic() < deadline:
-            os.sched_yield()
-            held = _try_lock(self._fd, offset)
-        try:
-            yield
-        finally:
-            if held:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, offset)
+    def remove(self, name: str) -> None:
+        """Whoever mapped it keeps it to themselves; the next to map it begin with zeros."""
+        (self._folder / name).unlink(missing_ok=True)
 
     def keep_clear(self, clear: Callable[[int], None]) -> None:
         """Have `clear(slot)` called now for this process's slot, and for each one whose owner is found dead."""
@@ -121,7 +150,7 @@ def joined(folder: Path) -> Iterator[Node]:
 
 def _try_lock(fd: int, offset: int) -> bool:
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        fcntl.lockf(fd, _EXCLUSIVE, 1, offset)
     except OSError:
         return False
     return True

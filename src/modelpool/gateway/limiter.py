@@ -1,0 +1,197 @@
+"""Holds each key's limits over all gateway processes of this node: `core.limits` on memory that they share.
+
+Each limited key has a file of its own among the node's. It outlives the processes, so a restart gives nobody a new
+minute. A process that dies gives back what it had running; the tokens that it had reserved are not counted as used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+
+from modelpool.core.limits import Limit, Limits, Row, Verdict
+from modelpool.errors import RateLimitExceeded, UpstreamTimeout
+from modelpool.gateway.keys import Caller
+from modelpool.gateway.meter import NOTHING, Estimate, Meter, estimate
+from modelpool.gateway.request import Request
+from modelpool.gateway.routes import Kind, Route
+from modelpool.gateway.shared import SLOTS, Lock, Node
+
+OPEN_MAX = 512
+"""Keys whose files are kept open while nothing of theirs runs: each takes a descriptor."""
+_FREE: AbstractContextManager[None] = nullcontext()
+_LINES = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-reset-%b: %b\r\nx-ratelimit-remaining-%b: "
+_FIRST_LOCK = 1 << 20
+_LOCKS = 1 << 20
+
+
+class Limiter:
+    """`clock` is one that all processes of the node read the same; `era` changes when it begins anew."""
+
+    def __init__(self, node: Node, *, clock: Callable[[], float] = time.monotonic, era: int | None = None) -> None:
+        self._node = node
+        self._era = _boot() if era is None else era
+        self._keys: dict[str, _Key] = {}
+        self.clock = clock
+        self.slot = node.slot
+        self.generations = memoryview(node.map("generations", 8 * (SLOTS + 1), whole=True)).cast("q")
+        """Of each slot, and last the number of slots that were ever in use."""
+        with node.lock(_FIRST_LOCK):
+            self.generations[SLOTS] = max(self.generations[SLOTS], node.slot + 1)
+        node.keep_clear(self._clear)
+
+    def admitted(self, request: Request, route: Route) -> AbstractContextManager[None]:
+        """Counts a request of a limited key from `with` to its end. Entered, raises RateLimitExceeded."""
+        caller = request.caller
+        if caller is None or caller.limits is None or route.kind is Kind.RESPONSE:
+            return _FREE
+        return _Grant(self, self._keys.get(caller.id) or self._mapped(caller.id, caller.limits), request, route)
+
+    def forget(self, caller: Caller) -> None:
+        """The key is gone. What it has running still writes to what it has mapped."""
+        if caller.limits is not None:
+            self._keys.pop(caller.id, None)
+            self._node.remove(caller.id)
+
+    def _mapped(self, id: str, limits: Limits) -> _Key:
+        if len(self._keys) >= OPEN_MAX:
+            self._keys = {id: key for id, key in self._keys.items() if key.running}
+        number = int.from_bytes(id.encode()[-8:], "little") % _LOCKS
+        lock = self._node.lock(_FIRST_LOCK + 1 + number)
+        cells = memoryview(self._node.map(id, Row.size(limits, SLOTS), whole=True))
+        with lock:
+            row = Row(cells, limits, slots=SLOTS, era=self._era)
+            row.enter(self.slot, self.generations[self.slot])
+        key = self._keys[id] = _Key(limits, row, lock)
+        return key
+
+    def _clear(self, slot: int) -> None:
+        self.generations[slot] += 1
+
+
+class _Key:
+    """A row that this process has mapped. `running`: requests of this process; `lines`: see `_template`."""
+
+    __slots__ = ("limits", "lines", "lock", "row", "running")
+
+    def __init__(self, limits: Limits, row: Row, lock: Lock) -> None:
+        self.limits = limits
+        self.row = row
+        self.lock = lock
+        self.running = 0
+        self.lines = _template(limits)
+
+
+class _Grant:
+    """A request from its admission to its end."""
+
+    __slots__ = ("_estimate", "_key", "_limiter", "_request", "_route")
+
+    def __init__(self, limiter: Limiter, key: _Key, request: Request, route: Route) -> None:
+        self._limiter = limiter
+        self._key = key
+        self._request = request
+        self._route = route
+        self._estimate = NOTHING
+
+    def __enter__(self) -> None:
+        limiter, key, request = self._limiter, self._key, self._request
+        tokens = 0
+        if key.limits.tokens is not None:
+            self._estimate = needs = estimate(self._route, request.body)
+            tokens = needs.total
+        generations = limiter.generations
+        with key.lock:
+            verdict = key.row.admit(limiter.clock(), limiter.slot, generations, generations[SLOTS], tokens)
+        if verdict.refused is not None:
+            request.added += _lines(key.limits, verdict)
+            raise _refusal(request, key.limits, verdict, self._estimate)
+        request.added += _filled(key.lines, verdict)
+        key.running += 1
+        if key.limits.tokens is not None:
+            request.meter = Meter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        limiter, key, meter = self._limiter, self._key, self._request.meter
+        key.running -= 1
+        if meter is None:
+            key.row.leave(0.0, limiter.slot, 0, 0)  # only this process writes to what that changes
+            return
+        used = meter.used(self._estimate, abandoned=isinstance(error, asyncio.CancelledError | UpstreamTimeout))
+        with key.lock:
+            key.row.leave(limiter.clock(), limiter.slot, self._estimate.total, used)
+
+
+def _template(limits: Limits) -> bytes:
+    """The header lines of an admitted request, as OpenAI has them, but for what is left of each limit.
+
+    All of a limit is free a minute after the last request, which is this one.
+    """
+    full = ((b"requests", limits.requests), (b"tokens", limits.tokens))
+    return b"".join(
+        _LINES % (what, limit, what, b"1m0s", what) + b"%d\r\n" for what, limit in full if limit is not None
+    )
+
+
+def _filled(template: bytes, verdict: Verdict) -> bytes:
+    requests, tokens = verdict.requests, verdict.tokens
+    if requests is None:
+        return b"" if tokens is None else template % tokens.remaining
+    return template % requests.remaining if tokens is None else template % (requests.remaining, tokens.remaining)
+
+
+def _lines(limits: Limits, verdict: Verdict) -> bytes:
+    """The header lines of a request that was refused."""
+    lines = b""
+    for what, limit, window in (
+        (b"requests", limits.requests, verdict.requests),
+        (b"tokens", limits.tokens, verdict.tokens),
+    ):
+        if window is not None:
+            lines += _LINES % (what, limit, what, _duration(window.reset), what)
+            lines += b"%d\r\n" % max(0, window.remaining)
+    return lines
+
+
+def _duration(seconds: float) -> bytes:
+    """`1m0s`, `59.3s`, `12ms`."""
+    ms = math.ceil(seconds * 1000)
+    if ms < 1000:
+        return b"%dms" % ms
+    minutes, ms = divmod(ms, 60_000)
+    return (f"{minutes}m" if minutes else "").encode() + f"{ms / 1000:g}s".encode()
+
+
+def _refusal(request: Request, limits: Limits, verdict: Verdict, needs: Estimate) -> RateLimitExceeded:
+    assert request.caller is not None
+    name = f"The API key `{request.caller.name}`"
+    again = "" if verdict.retry_after is None else f" Try again in {max(1, math.ceil(verdict.retry_after))} s."
+    if verdict.refused is Limit.TOKENS:
+        room = max(0, verdict.tokens.remaining) if verdict.tokens else 0
+        message = (
+            f"{name} may use {limits.tokens} tokens per minute, of which {room} are left, and this request may need "
+            f"{needs.total} ({needs.prompt} for what it says, {needs.completion} for the answer)."
+        )
+        again = again or " Waiting does not help: shorten it, or ask for fewer tokens."
+    elif verdict.refused is Limit.REQUESTS:
+        message = f"{name} may make {limits.requests} requests per minute."
+    else:
+        message = f"{name} may have {limits.concurrency} requests at once."
+    return RateLimitExceeded(
+        message + again,
+        type="tokens" if verdict.refused is Limit.TOKENS else "requests",
+        retry_after=verdict.retry_after,
+    )
+
+
+def _boot() -> int:
+    """A number of this start of the machine, from which on its monotonic clock counts."""
+    text = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return int(text.replace("-", "")[:15], 16) or 1
