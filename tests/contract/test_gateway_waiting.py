@@ -12,10 +12,10 @@ import pytest
 
 from modelpool.core.admission import Bounds
 from modelpool.gateway.hold import Rules
-from modelpool.messages.routing import ModelEntry, Unavailable
+from modelpool.messages.routing import KeysDelta, ModelEntry, Unavailable
 from modelpool.relay import Endpoint
 from tests.contract.test_gateway_passing import EVENT_STREAM, Upstream, nobody
-from tests.gateway_world import Client, World, chat, entry, gateway, request, snapshot_of
+from tests.gateway_world import Client, World, chat, entry, gateway, key, request, snapshot_of
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
 BEAT_S = 0.02
@@ -106,6 +106,14 @@ async def test_a_stream_that_waits_hears_comments_then_its_events_under_one_head
         await world.until_idle()
 
 
+async def client_is_let_go(client: Client) -> bool:
+    try:
+        async with asyncio.timeout(0.05):
+            return await client.at_end()
+    except TimeoutError:
+        return False
+
+
 async def rest_of_chunks(client: Client) -> bytes:
     """What follows in chunks, when the data of one was just read."""
     assert await client.reader.readexactly(2) == b"\r\n"
@@ -146,6 +154,8 @@ async def test_what_fails_after_comments_is_said_in_the_stream(raw: bytes, says:
         assert says in event
         assert "error" in msgspec.json.decode(event.removeprefix(b"data: "))
         assert end == b""
+        if version == "1.1" and not await client_is_let_go(client):
+            assert (await client.ask(request("GET", "/health"))).status == 200
         await world.until_idle()
 
 
@@ -243,9 +253,25 @@ async def test_a_client_that_leaves_waits_no_more_and_reaches_no_engine(leaving:
         await world.until_idle()
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@on_uvloop
+async def test_a_key_that_is_revoked_while_its_request_waits_reaches_no_engine(path: str) -> None:
+    upstream = Upstream()
+    async with serving(upstream) as endpoint, gateway(away(), keys=[key("secret", id="key-a")], rules=rules()) as world:
+        client = await world.connect()
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+        client.send(request("POST", path, b'{"model": "m"}', headers))
+        await until_waiting(world)
+        world.keys.apply(KeysDelta(epoch="e1", sequence=2, revoked=("key-a",)))
+        Times(world).say(entry("m", [endpoint]))
+        answer = await client.answer()
+        assert (answer.status, answer.code, upstream.count) == (401, "invalid_api_key", 0)
+        await world.until_idle()
+
+
 @on_uvloop
 async def test_never_more_than_so_many_are_ongoing_and_each_has_its_turn() -> None:
-    running, most, order = 0, 0, []
+    running, most, order, all_are_there = 0, 0, [], asyncio.Event()
 
     async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal running, most
@@ -254,6 +280,7 @@ async def test_never_more_than_so_many_are_ongoing_and_each_has_its_turn() -> No
             running += 1
             most = max(most, running)
             order.append(msgspec.json.decode(body)["number"])
+            await all_are_there.wait()
             await asyncio.sleep(0.002)
             running -= 1
             writer.write(response(b"done"))
@@ -262,8 +289,9 @@ async def test_never_more_than_so_many_are_ongoing_and_each_has_its_turn() -> No
         clients = [await world.connect() for _ in range(40)]
         for number, client in enumerate(clients):
             client.send(chat(number=number))
-            while world.room.ongoing + world.room.waiting <= min(number, 3):
+            while world.room.ongoing + world.room.waiting <= number:
                 await asyncio.sleep(0)
+        all_are_there.set()
         assert [(await client.answer()).body for client in clients] == [b"done"] * 40
         assert most == 3
         assert order == sorted(order)

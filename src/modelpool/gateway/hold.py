@@ -102,9 +102,12 @@ class Room:
     @asynccontextmanager
     async def place(self, alias: str, request: Request, client: Client) -> AsyncIterator[None]:
         """All of it in one, for where a microsecond is nothing. Raises PoolError when it may not go on."""
-        if not self.enter(alias, request):
+        waits = not self.enter(alias, request)
+        if waits:
             await Stay(self, alias, request, client).granted()
         with self.held:
+            if waits and request.caller is not None:
+                request.caller.check(alias)  # its key may be revoked by now
             yield
 
     # For a Stay

@@ -71,7 +71,7 @@ class Inference:
                 await stay.granted()
             with room.held:
                 if stay is not None and request.caller is not None:
-                    request.caller.check(alias)
+                    request.caller.check(alias)  # its key may be revoked by now
                 try:
                     await self._serve_by_any(alias, request, route, client)
                     return
