@@ -235,6 +235,41 @@ def post(*lines: bytes, body: bytes = b"0\r\n\r\n") -> bytes:
         post(b"Transfer-Encoding: chunked", body=b"-1\r\n"),
         post(b"Transfer-Encoding: chunked", body=b"5\r\nabcdeXX0\r\n\r\n"),
         post(b"Transfer-Encoding: chunked", body=b"5\nabcde\n0\n\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5 \r\nabcde\r\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"0x5\r\nabcde\r\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"\r\nabcde\r\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"10000000000000005\r\nabcde\r\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5;a\nb\r\nabcde\r\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5;a\rb\r\nabcde\r\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5\r\nabcde\n0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5\r\nabcde\r\n0\r\nX: y\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5\r\nabcde\r\n0\r\nX: y\r\n z\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b"5\r\nabcde\r\n0\r\nContent-Length: 5\r\n\r\n"),
+        post(b"Transfer-Encoding: \x0bchunked"),
+        post(b'Transfer-Encoding: "chunked"'),
+        post(b"Transfer-Encoding: chunked,"),
+        post(b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"),
+        post(b"Transfer-Encoding: identity", body=b""),
+        post(b"Transfer-Encoding:", b"Content-Length: 5", body=b"abcde"),
+        post(b"Transfer-Encoding:\r\n chunked"),
+        post(b"Transfer-Encoding: chunked\x00"),
+        post(b" Transfer-Encoding: chunked"),
+        post(b"Content-Length:", body=b""),
+        post(b"Content-Length: 1_0"),
+        post(b"Content-Length: 5.0"),
+        post(b"Content-Length: 5 5"),
+        post(b"Content-Length: 18446744073709551621", body=b"abcde"),
+        post(b"X-A: a\rb"),
+        post(b"X-A: a\x01"),
+        post(b"X-A\x01: a"),
+        post(b"X-A"),
+        b"POST /v1/completions HTTP/1.1\rHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.2\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/01.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health http/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET\t/health\tHTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /h\xc3\xa4lth HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b" GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
         post(b"Host: other"),
         post(b"Authorization: Bearer a", b"Authorization: Bearer b"),
         post(b"X-A: a\x00b"),
@@ -269,6 +304,66 @@ async def test_what_two_readers_could_read_differently_is_refused_and_the_connec
         await refused(world, raw + HEALTH, 400, "invalid_http")
         assert asked == 0
         assert (await world.ask(HEALTH)).status == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        post(b"Content-Length: 000%d" % len(BODY), body=BODY),
+        post(b"Content-Length:  %d  " % len(BODY), body=BODY),
+        post(b"Content-Length: %d" % len(BODY), b"Transfer_Encoding: chunked", body=BODY),
+        post(b"Content-Length: %d" % len(BODY), b"Connection: Content-Length, Host", body=BODY),
+        post(b"Content-Length: %d" % len(BODY), b"Connection: Upgrade", b"Upgrade: h2c", body=BODY),
+        post(b"Content-Length: %d" % len(BODY), b"Expect: something-else", body=BODY),
+        b"\r\n\r\n" + post(b"Content-Length: %d" % len(BODY), body=BODY),
+        post(b"Transfer-Encoding:\tChunked", body=chunk(BODY) + b"0\r\n\r\n"),
+        post(b"Transfer-Encoding: chunked", body=b'%X;a=1;b="2;3"\r\n%b\r\n000\r\n\r\n' % (len(BODY), BODY)),
+        post(b"Transfer-Encoding: chunked", body=b"0000000000000000000000%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)),
+        post(b"Transfer-Encoding: chunked", b"Connection: Upgrade", b"Upgrade: h2c", body=chunk(BODY) + b"0\r\n\r\n"),
+    ],
+)
+@on_uvloop
+async def test_unusual_but_clear_framing_brings_the_body_and_nothing_else_to_the_engine(raw: bytes) -> None:
+    got = []
+
+    async def keep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            got.append(await read_message(reader))
+            writer.write(response(b"x"))
+
+    async with serving(keep) as endpoint, gateway(entry("m", [endpoint])) as world:
+        client = await world.connect()
+        client.send(raw + HEALTH + raw)
+        assert (await client.answer()).body == b"x"
+        assert (await client.answer()).json["status"] == "ok"
+        assert (await client.answer()).body == b"x"
+        for head, body in got:
+            assert body == BODY
+            assert head.lower().count(b"\r\ncontent-length:") == 1
+            assert b"\r\ntransfer-encoding:" not in head.lower()
+            assert head.lower().count(b"\r\nhost:") == 1
+        assert len(got) == 2
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
+@on_uvloop
+async def test_a_body_that_nobody_asked_for_is_read_and_is_no_request(method: str) -> None:
+    hidden = request("GET", "/v1/models")
+    async with gateway(entry("m", [])) as world:
+        client = await world.connect()
+        for path in ("/health", "/v1/chat/completions"):
+            for framed in (
+                request(method, path, hidden),
+                request(method, path, headers={"Transfer-Encoding": "chunked"}) + chunk(hidden) + b"0\r\n\r\n",
+            ):
+                client.send(framed + HEALTH)
+                first = await client.answer(head_only=method == "HEAD")
+                if first.headers.get("connection") == "close":  # refused with its body unread
+                    assert first.status == 405
+                    assert await client.at_end()
+                    client = await world.connect()
+                else:
+                    assert (await client.answer()).json["status"] == "ok"
 
 
 @on_uvloop

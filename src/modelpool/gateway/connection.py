@@ -531,8 +531,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, item: Request | PoolError) -> None:
         if isinstance(item, PoolError):
-            added = self._app.refused(self._request, item)
-            self._send(encode_error(item, self._target, close=True, head_only=False, added=added))
+            request = self._request
+            added = self._app.refused(request, item)
+            head_only = request is not None and request.head_only
+            self._send(encode_error(item, self._target, close=True, head_only=head_only, added=added))
             self._linger()
             return
         self._serving = item
