@@ -28,6 +28,7 @@ class PassThrough:
     is no event stream as one event, mostly the error that the engine says.
 
     `segments` and `size` count the pieces and bytes of the body, framing included; `first_byte` is the first's time.
+    `status` is 0 before there is a head.
     """
 
     __slots__ = (
@@ -42,6 +43,8 @@ class PassThrough:
         "first_byte",
         "segments",
         "size",
+        "status",
+        "streamed",
     )
 
     def __init__(self, request: Request, client: ClientConnection, *, hold: frozenset[int] = frozenset()) -> None:
@@ -56,18 +59,13 @@ class PassThrough:
         self.first_byte = 0.0
         self.segments = 0
         self.size = 0
-
-    @property
-    def status(self) -> int:
-        """0 before there is a head."""
-        return 0 if self._head is None else self._head.status
-
-    @property
-    def streamed(self) -> bool:
-        return self._head is not None and self._head.event_stream
+        self.status = 0
+        self.streamed = False
 
     def head(self, head: ResponseHead, rest: bytes) -> None:
         self._head = head
+        self.status = head.status
+        self.streamed = head.event_stream
         if rest:
             self._count(rest)
         if head.status in self._hold:
@@ -158,7 +156,7 @@ class PassThrough:
                 self._decoder.feed(head.raw)
                 rest = b"".join(self._decoder.feed(rest))
             client.write(head.rewritten(close=True, framed=False, added=request.added) + rest)
-        elif client.closes or head.names_connection or head.names_request:
+        elif client.closes or head.names_ours:
             client.write(head.rewritten(close=client.closes, added=request.added) + rest)
         else:
             client.write(b"%b%b\r\n%b" % (head.raw[:-2], request.added, rest))

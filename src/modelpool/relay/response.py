@@ -25,14 +25,11 @@ class ResponseHead:
         return self._lower
 
     @property
-    def names_connection(self) -> bool:
-        """Whether there are headers for the next hop only, so that the head cannot pass as it is."""
-        return b"\r\nconnection:" in self.lower
-
-    @property
-    def names_request(self) -> bool:
-        """Whether the upstream says the request's id; whoever asked it has one of its own to say."""
-        return b"\r\nx-request-id:" in self.lower
+    def names_ours(self) -> bool:
+        """Whether there are headers that are for whoever asked: for the next hop only, or the request's id, of which
+        clients get our word. Then the head cannot pass as it is."""
+        lower = self.lower
+        return b"\r\nconnection:" in lower or b"\r\nx-request-id:" in lower
 
     @property
     def chunked(self) -> bool:

@@ -34,10 +34,7 @@ class Histogram(NamedTuple):
     help: str
     buckets: tuple[float, ...]
     at: int
-
-    @property
-    def sum_at(self) -> int:
-        return self.at + len(self.buckets) + 1
+    sum_at: int
 
 
 class Counter(NamedTuple):
@@ -50,7 +47,7 @@ def _histograms(*described: tuple[str, str, tuple[float, ...]]) -> tuple[Histogr
     histograms: list[Histogram] = []
     for name, text, buckets in described:
         at = histograms[-1].sum_at + 1 if histograms else 0
-        histograms.append(Histogram(name, text, buckets, at))
+        histograms.append(Histogram(name, text, buckets, at, at + len(buckets) + 1))
     return tuple(histograms)
 
 
@@ -77,7 +74,7 @@ COUNTERS = BYTES_IN, BYTES_OUT, LEFT, BROKEN = (
 )
 _MODEL_CELLS = _COUNTERS_AT + 4
 
-_GAUGES_MAX = 4096
+_KEPT_MAX = 4096
 
 
 class Gauge:
@@ -120,6 +117,7 @@ class Metrics:
             node.keep_clear(rows.wipe)
         self._numbers = self.models.numbers
         self._gauges: dict[tuple[str, str], Gauge] = {}
+        self._outcomes: dict[tuple[str, int, str], int] = {}
         self._breakers: set[str] = set()
         self._own = self.processes.at(("gateway",))
         self.processes.numbers[self._own + Said.PID] = os.getpid()
@@ -149,7 +147,7 @@ class Metrics:
 
     def refused(self, error: PoolError) -> None:
         """A request was answered with this before anybody looked for its model."""
-        _count(self.requests, ("", str(error.status), error.code))
+        self._count_request("", error.status, error.code)
 
     def chosen(self, journey: Journey) -> None:
         self._inflight(journey).add(1)
@@ -164,7 +162,7 @@ class Metrics:
             alias, reason = record.alias, record.reason
         else:
             alias, reason = record.alias if self._known(record.alias) else "", record.code
-        _count(self.requests, (alias, str(record.status), reason))
+        self._count_request(alias, record.status, reason)
         for _, why in record.tries:
             _count(self.retries, (alias, why))
         if not alias:
@@ -176,8 +174,10 @@ class Metrics:
             numbers[at + LEFT.at] += 1
         if record.broken:
             numbers[at + BROKEN.at] += 1
-        if record.instance or record.waited:
+        if record.waited:
             self._observe(at, QUEUE, record.waited)
+        elif record.instance:
+            numbers[at + QUEUE.at] += 1  # the usual case, without the search
         accepted, first, ended = record.accepted, record.first_byte, record.ended
         if record.status < 400 and first:
             self._observe(at, FIRST_TOKEN, first - accepted)
@@ -191,11 +191,20 @@ class Metrics:
         numbers[first + bisect_left(histogram.buckets, value)] += 1
         numbers[at + histogram.sum_at] += value
 
+    def _count_request(self, alias: str, status: int, reason: str) -> None:
+        outcome = alias, status, reason
+        at = self._outcomes.get(outcome)
+        if at is None:
+            if len(self._outcomes) >= _KEPT_MAX:
+                self._outcomes.clear()
+            at = self._outcomes[outcome] = self.requests.at((alias, str(status), reason))
+        self.requests.numbers[at] += 1
+
     def _inflight(self, journey: Journey) -> Gauge:
         labels = journey.record.alias, journey.record.instance
         gauge = self._gauges.get(labels)
         if gauge is None:
-            if len(self._gauges) >= _GAUGES_MAX:
+            if len(self._gauges) >= _KEPT_MAX:
                 self._gauges.clear()  # models come and go; the numbers themselves stay
             gauge = self._gauges[labels] = Gauge(self.inflight.numbers, self.inflight.at(labels))
         return gauge
