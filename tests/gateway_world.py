@@ -27,7 +27,7 @@ from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.listener import Listener, listening
-from modelpool.gateway.observe.observers import Observers
+from modelpool.gateway.observe.observers import observing
 from modelpool.gateway.realtime import Realtime
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
@@ -36,6 +36,7 @@ from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.messages.routing import KeyEntry, Keys, ModelEntry, Route, Snapshot, Unavailable
 from modelpool.relay import Deadlines, Endpoint, Pools
+from modelpool.settings import GatewaySettings
 from modelpool.tcp import bind_tcp
 
 ADMIN_KEY = "the-admin-key"
@@ -227,7 +228,7 @@ async def gateway(
     grace_s: float = 0.1,
     follow: bool = False,
     remembered: int = 100,
-    metrics_open: bool = False,
+    observed: GatewaySettings = GatewaySettings(),
     first_events_s: float = 60.0,
     cors: str = "",
     root_path: str = "",
@@ -239,7 +240,10 @@ async def gateway(
     folder: Path | None = None,
     rules: Rules = Rules(max_ongoing=10_000),
 ) -> AsyncIterator[World]:
-    """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says."""
+    """A gateway that routes by a snapshot of `entries`, or with `follow` by what the manager in `home` says.
+
+    `observed`: the settings of metrics, traces and logs, which lie in `home`.
+    """
     upstreams, controls = Pools(connect_timeout_s=1.0), Pools(connect_timeout_s=1.0)
     control = controls.pool(Endpoint.unix((home or Path("/nonexistent")) / "control.sock"))
     instances = Instances(upstreams, TOKEN)
@@ -267,7 +271,8 @@ async def gateway(
         limiter = Limiter(node, clock=clock)
         ring.when_gone(limiter.forget)
         inference = Inference(table, room, stored, limiter, deadlines)
-        observers = Observers(node, table, instances, metrics_open=metrics_open)
+        logs = home or Path(temporary)
+        observers = await stack.enter_async_context(observing(node, table, instances, observed, logs))
         responses = Responses(table, inference, stored)
         realtime = Realtime(table, room, limiter, connect_timeout_s=1.0, first_events_s=first_events_s)
         app = GatewayApp(

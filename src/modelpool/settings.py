@@ -18,6 +18,7 @@ import yaml
 from msgspec import Meta
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 SecondsOrNone = Annotated[float, Meta(ge=0)]
 """0: no limit."""
@@ -39,6 +40,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     insecure_no_auth: bool = False
     metrics_open: bool = False
     """Anybody may read `/metrics`, keys or not."""
+    access_log_sample: Share = 0.0
+    """Of how many requests a line is written; above 0 also of all that failed with 5xx."""
+    request_log_sample: Share = 0.0
+    """Of how many requests for a model the body is written, with lengths in place of texts."""
+    request_log_content: bool = False
+    """With the texts. Credentials are never written."""
+    otlp_endpoint: str = ""
+    """Where traces go: the base address of an OTLP receiver, by HTTP. Empty: no traces."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 << 20
     connect_timeout_s: Seconds = 5.0
     first_byte_timeout_s: SecondsOrNone = 600.0
@@ -162,6 +171,10 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_REQUIRE_KEY", "gateway.require_key"),
     ("MODELPOOL_INSECURE_NO_AUTH", "gateway.insecure_no_auth"),
     ("MODELPOOL_METRICS_OPEN", "gateway.metrics_open"),
+    ("MODELPOOL_ACCESS_LOG_SAMPLE", "gateway.access_log_sample"),
+    ("MODELPOOL_REQUEST_LOG_SAMPLE", "gateway.request_log_sample"),
+    ("MODELPOOL_REQUEST_LOG_CONTENT", "gateway.request_log_content"),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "gateway.otlp_endpoint"),
     ("MODELPOOL_MAX_BODY_BYTES", "gateway.max_body_bytes"),
     ("MODELPOOL_CONNECT_TIMEOUT", "gateway.connect_timeout_s"),
     ("MODELPOOL_FIRST_BYTE_TIMEOUT", "gateway.first_byte_timeout_s"),

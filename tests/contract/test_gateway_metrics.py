@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from modelpool.home import Home
 from modelpool.relay import Endpoint
+from modelpool.settings import GatewaySettings
 from tests.contract.test_gateway_control import Manager
 from tests.contract.test_gateway_passing import EVENT_STREAM, NOT_BEGUN, Upstream, nobody
 from tests.contract.test_gateway_process import Gateway, started
@@ -224,7 +225,7 @@ async def test_metrics_are_for_the_admin_where_keys_are_set_unless_they_are_said
         assert (await world.ask(plain)).status == 401
         assert (await world.ask(request("GET", "/metrics", headers={"X-Api-Key": API_KEY}))).status == 403
         assert (await world.ask(request("GET", "/metrics", headers={"X-Api-Key": ADMIN_KEY}))).status == 200
-    async with gateway(entry("m", []), api_key=API_KEY, metrics_open=True) as world:
+    async with gateway(entry("m", []), api_key=API_KEY, observed=GatewaySettings(metrics_open=True)) as world:
         assert (await world.ask(plain)).status == 200
     async with gateway(entry("m", [])) as world:
         assert (await world.ask(plain)).status == 200

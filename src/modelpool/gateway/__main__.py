@@ -28,7 +28,7 @@ from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.listener import listening
-from modelpool.gateway.observe.observers import Observers
+from modelpool.gateway.observe.observers import observing
 from modelpool.gateway.realtime import Realtime
 from modelpool.gateway.responses import Responses
 from modelpool.gateway.shared import joined
@@ -101,7 +101,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         limiter = Limiter(node)
         keys.when_gone(limiter.forget)
         inference = Inference(table, room, stored, limiter, _deadlines(gateway))
-        observers = Observers(node, table, instances, metrics_open=gateway.metrics_open)
+        observers = await stack.enter_async_context(observing(node, table, instances, gateway, home.logs))
         responses = Responses(table, inference, stored)
         realtime = Realtime(table, room, limiter, connect_timeout_s=gateway.connect_timeout_s)
         app = GatewayApp(
