@@ -8,11 +8,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
+import pytest
 
 from modelpool.messages.explain import Explanation, Outcome, Role
-from tests.contract.test_gateway_metrics import node
+from tests.contract.test_gateway_metrics import node, until, value
 from tests.contract.test_gateway_passing import EVENT_STREAM, NOT_BEGUN, Upstream
 from tests.contract.test_gateway_process import Gateway
+from tests.contract.test_gateway_waiting import Times, away, rules, until_waiting
 from tests.gateway_world import ADMIN_KEY, API_KEY, World, chat, entry, gateway, request
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
@@ -95,6 +97,35 @@ async def test_explaining_is_for_the_admin() -> None:
         assert (await world.ask(request("GET", target, headers={"X-Api-Key": API_KEY}))).status == 403
         assert (await world.ask(request("GET", target, headers={"X-Api-Key": ADMIN_KEY}))).status == 200
         assert (await world.ask(request("POST", target, headers={"X-Api-Key": ADMIN_KEY}))).status == 405
+
+
+@on_uvloop
+async def test_a_request_that_waits_is_seen_to_wait_and_for_how_long_afterwards() -> None:
+    waiting = {"name": "modelpool_requests_waiting", "model": "m"}
+    async with serving(Upstream()) as endpoint, gateway(away(), rules=rules()) as world:
+        client = await world.connect()
+        client.send(chat(headers={"X-Request-Id": "mine"}))
+        await until_waiting(world)
+        await until(world, 1, **waiting)
+        told = await explained(world, "mine", ended=False)
+        assert (told.outcome, told.instance, told.words[-1]) == (Outcome.RUNNING, "", "It waits still.")
+        await asyncio.sleep(0.05)
+        Times(world).say(entry("m", [endpoint]))
+        assert (await client.answer()).status == 200
+        told = await explained(world, "mine")
+        assert (told.outcome, told.instance) == (Outcome.ANSWERED, "m")
+        assert 0.05 <= told.waited_s < 5
+        samples = await until(world, 0, **waiting)
+        assert value(samples, "modelpool_request_queue_time_seconds_sum", model="m") == pytest.approx(told.waited_s)
+
+        Times(world).say(away())
+        leaving = await world.connect()
+        leaving.send(chat())
+        await until(world, 1, **waiting)
+        leaving.abort()
+        samples = await until(world, 1, name="modelpool_client_disconnects_total", model="m")
+        assert value(samples, "modelpool_requests_waiting", model="m") == 0
+        assert value(samples, "modelpool_requests_total", model="m", status="499", reason="client_left") == 1
 
 
 @on_uvloop

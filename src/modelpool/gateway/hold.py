@@ -264,6 +264,7 @@ class Stay:
     async def granted(self) -> None:
         """Wait for the grant; `held` must follow at once. Raises PoolError with the reason when there will be none."""
         begun = self._loop.time()
+        self._request.journey.waits()
         try:
             await self._granted()
         finally:

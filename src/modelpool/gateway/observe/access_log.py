@@ -44,6 +44,12 @@ class AccessLog:
         self._file = file
         self._sample = sample
 
+    def waits(self, journey: Journey) -> None:
+        """All is said at the end."""
+
+    def waited(self, journey: Journey) -> None:
+        """All is said at the end."""
+
     def chosen(self, journey: Journey) -> None:
         """All is said at the end."""
 

@@ -17,6 +17,8 @@ _WHY: dict[str, str] = {
     Reason.STORED: "which keeps the response that it goes on from",
 }
 
+_SHOWN_S = 0.001
+
 
 class _Candidate(msgspec.Struct, frozen=True):
     name: str
@@ -98,7 +100,7 @@ def _words(of: Explanation, age_s: float) -> Iterator[str]:
     by = f" by the key `{of.caller}`" if of.caller else ""
     model = f"the model `{of.model}`" if of.model else "no model that could be read"
     yield f"A request to {of.path} for {model}{by}, {seconds(age_s)} ago."
-    if of.waited_s:
+    if of.waited_s >= _SHOWN_S:
         yield f"It waited {seconds(of.waited_s)} for an instance."
     for attempt in of.retries:
         yield f"{attempt.instance} did not take it: {attempt.why}."
@@ -125,7 +127,7 @@ def _end(of: Explanation) -> str:
     first = "" if of.first_byte_s is None else f", the first byte after {seconds(of.first_byte_s)}"
     passed = f"{first}, {of.bytes_out} bytes in {of.pieces} piece{'' if of.pieces == 1 else 's'}"
     if of.outcome is Outcome.RUNNING:
-        return "It runs still."
+        return "It runs still." if of.instance else "It waits still."
     if of.outcome is Outcome.LOST:
         return "The gateway process that served it ended before it did."
     after = seconds(of.ended_s or 0.0)

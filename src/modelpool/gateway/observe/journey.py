@@ -81,6 +81,12 @@ class Passed(Protocol):
 class Observer(Protocol):
     """Told of every journey. Must not block or raise."""
 
+    def waits(self, journey: Journey) -> None:
+        """It waits for an instance of `record.alias`."""
+
+    def waited(self, journey: Journey) -> None:
+        """It waits no more."""
+
     def chosen(self, journey: Journey) -> None:
         """It goes to `record.instance` now."""
 
@@ -91,24 +97,39 @@ class Observer(Protocol):
         """Once, whatever came of it. The record is complete."""
 
 
+class Gauge(Protocol):
+    """A number that goes up and down."""
+
+    def add(self, change: int) -> None: ...
+
+
 class Journey:
     """The path writes here. Between `begin` and `ended` of Journeys, which gave it."""
 
-    __slots__ = ("_journeys", "place", "record")
+    __slots__ = ("_journeys", "place", "record", "waiting")
 
     def __init__(self, journeys: Journeys, record: Record) -> None:
         self._journeys = journeys
         self.record = record
         self.place = -1
-        """Where an observer keeps the record."""
+        """Where Recent keeps the record."""
+        self.waiting: Gauge | None = None
+        """Where Metrics counts that it waits."""
 
     def asked(self, alias: str) -> None:
         """The body names this model."""
         self.record.alias = alias if len(alias) <= _ALIAS_MAX else alias[: _ALIAS_MAX - 1] + "…"
 
+    def waits(self) -> None:
+        """It is in the waiting room from now on."""
+        for observer in self._journeys.observers:
+            observer.waits(self)
+
     def waited(self, seconds: float) -> None:
         """It was in the waiting room for so long."""
         self.record.waited += seconds
+        for observer in self._journeys.observers:
+            observer.waited(self)
 
     def chose(self, instance: Candidate, reason: str, among: tuple[Candidate, ...]) -> None:
         """It goes to `instance`. `among` are all of the model, with their loads before it."""

@@ -136,9 +136,16 @@ class Metrics:
             self.breakers.numbers[self.breakers.at((name,))] = state
         self._breakers = set(breakers)
 
-    def waiting_for(self, alias: str) -> Gauge:
-        """How many requests wait for this model here."""
-        return Gauge(self.waiting.numbers, self.waiting.at((alias,)))
+    def waits(self, journey: Journey) -> None:
+        alias = journey.record.alias
+        if self._known(alias):
+            journey.waiting = Gauge(self.waiting.numbers, self.waiting.at((alias,)))
+            journey.waiting.add(1)
+
+    def waited(self, journey: Journey) -> None:
+        if journey.waiting is not None:
+            journey.waiting.add(-1)
+            journey.waiting = None
 
     def serves_since(self, slot: int) -> float:
         """When the process that has this slot started; infinity while none has."""
@@ -179,7 +186,7 @@ class Metrics:
         elif record.instance:
             numbers[at + QUEUE.at] += 1  # the usual case, without the search
         accepted, first, ended = record.accepted, record.first_byte, record.ended
-        if record.status < 400 and first:
+        if 200 <= record.status < 400 and first:  # a WebSocket (101) lasts as long as its client likes
             self._observe(at, FIRST_TOKEN, first - accepted)
             if not record.left:
                 self._observe(at, LATENCY, ended - accepted)

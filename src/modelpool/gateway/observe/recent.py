@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
 
 class Recent:
-    """An Observer that keeps the record of each journey from when its instance is chosen, and again at its end."""
+    """An Observer that keeps the record of each journey: when it waits, when its instance is chosen, and at its end."""
 
     def __init__(self, node: Node) -> None:
         self._map = node.map(f"recent-{RECORDS}-{RECORD_BYTES}", SLOTS * _PART, own=_PART)
@@ -35,6 +35,12 @@ class Recent:
         self._begin = node.slot * _PART
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder = msgspec.msgpack.Decoder(Record)
+
+    def waits(self, journey: Journey) -> None:
+        self._write(journey)
+
+    def waited(self, journey: Journey) -> None:
+        """What comes after is written over it."""
 
     def chosen(self, journey: Journey) -> None:
         self._write(journey)

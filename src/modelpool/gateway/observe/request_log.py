@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -76,10 +77,9 @@ def line_of(asked: Asked, *, content: bool) -> bytes:
         "bytes": len(asked.body),
     }
     if len(asked.body) <= BODY_BYTES_MAX:
-        try:
+        # What cannot be decoded is a form, or refused by the gateway anyway.
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             line["body"] = redacted(msgspec.json.decode(asked.body), content=content)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            pass  # a form, or what the gateway refuses anyway
     return msgspec.json.encode(line)
 
 

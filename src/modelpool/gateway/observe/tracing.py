@@ -67,6 +67,12 @@ class Tracing:
             request.headers = [each for each in request.headers if each[0] not in _CARRIERS]
             request.headers += [(name.encode(), value.encode("latin-1")) for name, value in said.items()]
 
+    def waits(self, journey: Journey) -> None:
+        """All is said at the end."""
+
+    def waited(self, journey: Journey) -> None:
+        """All is said at the end."""
+
     def chosen(self, journey: Journey) -> None:
         """All is said at the end."""
 
