@@ -123,6 +123,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stall_timeout_s: Seconds = 30.0
     """A host that has not answered a probe for this long is ended."""
     drain_timeout_s: Seconds = 30.0
+    wake_timeout_s: Seconds = 60.0
+    """An instance that takes longer to wake, or to fall asleep once its requests have ended, is ended."""
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -209,6 +211,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_START_TIMEOUT", "worker.start_timeout_s"),
     ("MODELPOOL_STALL_TIMEOUT", "worker.stall_timeout_s"),
     ("MODELPOOL_DRAIN_TIMEOUT", "worker.drain_timeout_s"),
+    ("MODELPOOL_WAKE_TIMEOUT", "worker.wake_timeout_s"),
     ("MODEL_INSTANCE_CAPACITY", "models.instance_capacity"),
     ("MODEL_MIN_REPLICAS", "models.min_replicas"),
     ("MODEL_MAX_REPLICAS", "models.max_replicas"),

@@ -63,9 +63,12 @@ class WorkerProcess:
         return self.wait(instance or alias, "ACTIVE")
 
     def wait(self, instance: str, state: str, within: float = 10.0) -> Json:
+        """The report once it is in this state, and, where it runs, was measured."""
+
         def there() -> Json | None:
             report = self.report(instance)
-            return report if report.get("state") == state else None
+            measured = state != "ACTIVE" or report.get("pss_bytes")
+            return report if report.get("state") == state and measured else None
 
         return eventually(there, within)
 

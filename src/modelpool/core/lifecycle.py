@@ -24,10 +24,11 @@ TRANSITIONS: dict[InstanceState, frozenset[InstanceState]] = {
     _S.STARTING: frozenset({_S.ACTIVE, _S.FAILED, _S.ABSENT}),
     _S.ACTIVE: frozenset({_S.DRAINING, _S.FAILED}),
     # Straight to UNLOADED when the instance is removed: there is no point in putting to sleep what is to end.
-    _S.DRAINING: frozenset({_S.ACTIVE, _S.SLEEP_1, _S.UNLOADED, _S.FAILED}),
+    _S.DRAINING: frozenset({_S.ACTIVE, _S.SLEEP_1, _S.SLEEP_2, _S.UNLOADED, _S.FAILED}),
     _S.SLEEP_1: frozenset({_S.SLEEP_2, _S.WAKING, _S.UNLOADED, _S.FAILED}),
     _S.SLEEP_2: frozenset({_S.WAKING, _S.UNLOADED, _S.FAILED}),
-    _S.WAKING: frozenset({_S.ACTIVE, _S.FAILED}),
+    # To UNLOADED when it is removed meanwhile.
+    _S.WAKING: frozenset({_S.ACTIVE, _S.UNLOADED, _S.FAILED}),
     _S.UNLOADED: frozenset({_S.STARTING, _S.ABSENT}),
     _S.FAILED: frozenset({_S.STARTING, _S.ABSENT}),
 }

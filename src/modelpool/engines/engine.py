@@ -6,12 +6,13 @@ An engine kind is a package `modelpool.engines.<kind>` that offers the functions
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol, cast
 
 import msgspec
 
-from modelpool.messages.engine import HostSpec
+from modelpool.engines.canary import Reading
+from modelpool.messages.engine import HostSpec, StartPhase
 from modelpool.messages.models import EngineKind
 
 Scope = MutableMapping[str, Any]
@@ -21,6 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 Phase = Callable[[str], None]
+"""Told at the beginning of each phase of a load."""
 
 
 class NotForkable(Exception):
@@ -42,10 +44,23 @@ class LoadError(Exception):
         self.permanent = permanent
 
 
+class StillBusy(Exception):
+    """Something still ran at the deadline; the engine goes on as before. The text says what."""
+
+
+class ResidencyError(Exception):
+    """The engine could not sleep or wake, and is of no use any more. The text is one line for people."""
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of an engine once its model is loaded. `capacity`: requests it runs at once."""
+    """What is known of an engine once its model is loaded. `capacity`: requests it runs at once.
+
+    `sleep_levels`: those it has, of 1 and 2. `phases`: parts of the load that the engine itself can tell.
+    """
 
     capacity: int
+    sleep_levels: tuple[int, ...] = ()
+    phases: tuple[StartPhase, ...] = ()
     max_model_len: int | None = None
     num_gpu_blocks: int | None = None
     block_size: int | None = None
@@ -66,6 +81,7 @@ class Engine(Protocol):
 
     loaded    `facts` and `stats()` answer. Nothing of asyncio exists yet.
     started   `app` answers requests; `dead()` waits.
+    asleep    requests to `app` would wait without end; only `wake()`, a deeper `sleep()`, `stats()` and `close()`.
     dead      `dead()` has returned why; `app` fails its requests rather than leaving them hanging.
     closed    no process, thread or shared memory of the engine is left.
 
@@ -79,6 +95,23 @@ class Engine(Protocol):
 
     async def start(self) -> ASGIApp:
         """Start serving in the running loop. Returns the app, whose lifespan the caller runs. Raises LoadError."""
+
+    async def sleep(self, level: int, deadline: float) -> int:
+        """Give memory back, once nothing runs; returns how many bytes, 0 where that cannot be told.
+
+        `level` is one of `facts.sleep_levels`, deeper than the present one. Nothing new comes meanwhile: the caller
+        sees to that. `deadline`, in the loop's time, is for what still runs. Raises StillBusy, ResidencyError.
+        """
+
+    async def wake(self) -> None:
+        """Started again, from any level. Raises ResidencyError."""
+
+    async def canary(self) -> Mapping[str, Reading]:
+        """What the model makes of a fixed prompt, for itself ("") and for each of its adapters, by name.
+
+        Through the engine, not through `app`, so without what clients or the model's settings may change. Raises
+        ResidencyError where the model cannot be asked so.
+        """
 
     async def dead(self) -> str:
         """Return why the engine can no longer work; never return while it can."""

@@ -29,8 +29,24 @@ from modelpool.engines.engine import Engine, EngineModule, LoadError, one_line
 from modelpool.engines.hangup import on_hangup
 from modelpool.engines.listener import NoFreePort, listen
 from modelpool.engines.meter import Meter
+from modelpool.engines.residency import Residency
 from modelpool.engines.server import Server
-from modelpool.messages.engine import HostSpec, HostStatus, Loaded, LoadFailed, Loading, Probe, Shutdown
+from modelpool.engines.start_clock import StartClock
+from modelpool.messages.engine import (
+    Drain,
+    FromHost,
+    HostSpec,
+    HostStatus,
+    Loaded,
+    LoadFailed,
+    Loading,
+    Probe,
+    Shutdown,
+    Sleep,
+    SleepFailed,
+    Wake,
+    WakeFailed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +71,11 @@ def main(control_fd: int, engine: EngineModule, scratch: Path) -> int:
         control.send(LoadFailed(reason=f"The host of {spec.instance} cannot start: {error}."))
         return 1
     _close_in_children(control.sock, listener)
-    loaded = _load(engine, spec, control)
+    clock = StartClock()
+    loaded = _load(engine, spec, control, clock)
     if loaded is None:
         return 1
-    host = Host(spec, control, loaded)
+    host = Host(spec, control, loaded, clock)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             status = runner.run(host.serve(listener))
@@ -104,11 +121,20 @@ def _close_in_children(*socks: socket.socket) -> None:
     os.register_at_fork(after_in_child=close)
 
 
-def _load(engine: EngineModule, spec: HostSpec, control: Control) -> Engine | None:
+def _load(engine: EngineModule, spec: HostSpec, control: Control, clock: StartClock) -> Engine | None:
     """Load, telling the worker about phases and failure. None when it failed."""
+
+    def phase(name: str) -> None:
+        clock.begin(name)
+        control.send(Loading(phase=name))
+
     with on_hangup(control.sock, _end_group):
         try:
-            return engine.load(spec, lambda phase: control.send(Loading(phase=phase)))
+            loaded = engine.load(spec, phase)
+            clock.end()
+            clock.split(loaded.facts.phases)
+            clock.begin("app")
+            return loaded
         except LoadError as error:
             logger.error("not loaded: %s", error, exc_info=error.__cause__)
             control.send(LoadFailed(reason=str(error), permanent=error.permanent))
@@ -132,14 +158,16 @@ class Host:
     can only come nearer.
     """
 
-    def __init__(self, spec: HostSpec, control: Control, engine: Engine) -> None:
+    def __init__(self, spec: HostSpec, control: Control, engine: Engine, clock: StartClock) -> None:
         self._spec = spec
         self._control = control
         self._engine = engine
+        self._clock = clock
         self._meter: Meter | None = None
         self._ending = asyncio.Event()
         self._deadline = math.inf
         self._drain_timeout: asyncio.Timeout | None = None
+        self._changing: asyncio.Task[None] | None = None
         self.failure = ""
 
     async def serve(self, listener: socket.socket) -> int:
@@ -159,23 +187,27 @@ class Host:
             await server.ready.wait()
             self._announce(listener.getsockname()[1])
             others = [
-                tasks.create_task(self._talk(meter), name="control"),
+                tasks.create_task(self._talk(meter, tasks), name="control"),
                 tasks.create_task(self._watch_engine(), name="engine"),
             ]
             await self._ending.wait()
             await self._drain(meter)
             server.stop.set()
             await serving
-            for task in others:
-                task.cancel()
+            for task in (*others, self._changing):
+                if task is not None:
+                    task.cancel()
         return 1 if self.failure else 0
 
     def _announce(self, port: int) -> None:
         facts = self._engine.facts
+        self._clock.end()
         self._control.send(
             Loaded(
                 port=port,
                 capacity=self._spec.capacity or facts.capacity,
+                sleep_levels=facts.sleep_levels,
+                phases=self._clock.phases(),
                 max_model_len=facts.max_model_len,
                 num_gpu_blocks=facts.num_gpu_blocks,
                 block_size=facts.block_size,
@@ -185,18 +217,37 @@ class Host:
         )
         logger.info("serving on port %d", port)
 
-    async def _talk(self, meter: Meter) -> None:
+    async def _talk(self, meter: Meter, tasks: asyncio.TaskGroup) -> None:
         """Answer the worker until it is gone."""
+        residency = Residency(self._engine, meter)
         while (message := await self._control.receive()) is not None:
             match message:
                 case Probe():
                     self._control.send(self._report(meter))
+                case Drain() | Sleep() | Wake():
+                    # Beside this task, which goes on answering probes; the worker gives one such order at a time.
+                    self._changing = tasks.create_task(self._change(residency, message), name="residency")
                 case Shutdown(drain_s):
                     logger.info("draining for up to %g s, %d in flight", drain_s, meter.inflight)
                     self._end(drain_s)
                 case HostSpec():
                     logger.error("a second host_spec; ignored")
         _end_group()
+
+    async def _change(self, residency: Residency, order: Drain | Sleep | Wake) -> None:
+        logger.info("%s", order)
+        match order:
+            case Drain(drain_s):
+                answer: FromHost = await residency.drain(drain_s)
+            case Sleep(level):
+                answer = await residency.sleep(level)
+            case Wake():
+                answer = await residency.wake()
+        logger.info("%s", answer)
+        if isinstance(answer, SleepFailed | WakeFailed):
+            self.failure = answer.reason
+            self._end(0.0)
+        self._control.send(answer)
 
     def _report(self, meter: Meter) -> HostStatus:
         stats = self._engine.stats()
@@ -210,7 +261,7 @@ class Host:
             running=stats.running,
             waiting=stats.waiting,
             kv_cache_usage=stats.kv_cache_usage,
-            draining=meter.draining,
+            draining=meter.draining or meter.closed,
         )
 
     async def _watch_engine(self) -> None:

@@ -35,7 +35,7 @@ class Mean:
 
 
 class Meter:
-    """ASGI middleware: token, in-flight count, times, and no new work while draining.
+    """ASGI middleware: token, in-flight count, times, and no new work while it drains or sleeps.
 
     A POST or a WebSocket is inference and counts; a GET does not. `inflight` goes back on every way out: answered,
     refused, failed, cancelled. Times are those of requests that the engine answered (status below 400, tokenizing left
@@ -54,6 +54,9 @@ class Meter:
         self.ttft = Mean()
         self.e2e = Mean()
         self.draining = False
+        """It ends: never open again."""
+        self.closed = False
+        """For a sleep, and until it is known to be sound after it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -62,7 +65,7 @@ class Meter:
             await _refuse(scope, send, Unauthorized("This engine is reached through its pool, with the cluster token."))
         elif scope["type"] == "http" and scope["method"] != "POST":
             await self._app(scope, receive, send)
-        elif self.draining:
+        elif self.draining or self.closed:
             await _refuse(scope, send, Draining("This instance takes no new requests.", retry_after=1))
         else:
             with self._counted():

@@ -7,8 +7,10 @@ Forkserver (`python -m modelpool.engines.forkserver --fd N --engine vllm|fake`):
 
 Host: SOCK_STREAM, one message a line.
 
-    worker → host         HostSpec (first, once), Probe, Shutdown
-    host → worker         Loading, Loaded | LoadFailed (once), HostStatus (an answer to each Probe)
+    worker → host         HostSpec (first, once), Probe, Drain, Sleep, Wake, Shutdown
+    host → worker         Loading, Loaded | LoadFailed (once), HostStatus (an answer to each Probe), and to each of
+                          Drain: Drained | SleepRefused, Sleep: Slept | SleepRefused | SleepFailed,
+                          Wake: Woken | WakeFailed; one such order at a time
 
 End of file means the other side is gone. A host then ends its whole process group; a forkserver kills the group of
 every host that it forked or adopted, and ends; a worker kills the host's group, or starts a new forkserver and has it
@@ -99,15 +101,49 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     drain_s: float
 
 
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take no new requests (503 `instance_draining`), and let those in flight end for up to `drain_s`: then sleep.
+
+    Where they do not end, it goes on as before.
+    """
+
+    drain_s: float
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Give memory back: at level 1 the KV cache (on an accelerator the weights move to host memory), at 2 all.
+
+    From awake, after a drain, or from level 1.
+    """
+
+    level: int
+
+
+class Wake(msgspec.Struct, frozen=True, tag="wake"):
+    """Take the memory again, check with the canary that the model is what it was, and take requests."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
     phase: str
 
 
+class StartPhase(msgspec.Struct, frozen=True):
+    """A part of a start, and how long it took."""
+
+    name: str
+    seconds: float
+
+
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
-    """The host listens. `capacity`: requests it runs at once."""
+    """The host listens. `capacity`: requests it runs at once. `phases`: where the time went, in their order.
+
+    `sleep_levels`: those its engine has; empty for one that can only be ended.
+    """
 
     port: int
     capacity: int
+    sleep_levels: tuple[int, ...] = ()
+    phases: tuple[StartPhase, ...] = ()
     max_model_len: int | None = None
     num_gpu_blocks: int | None = None
     block_size: int | None = None
@@ -140,5 +176,48 @@ class HostStatus(msgspec.Struct, frozen=True, kw_only=True, tag="host_status"):
     draining: bool = False
 
 
-ToHost = HostSpec | Probe | Shutdown
-FromHost = Loading | Loaded | LoadFailed | HostStatus
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """Nothing is in flight any more, after so many seconds, and nothing new is taken."""
+
+    seconds: float
+
+
+class Slept(msgspec.Struct, frozen=True, kw_only=True, tag="slept"):
+    """It sleeps. `freed_bytes`: what the engine says it gave back; 0 where it cannot tell."""
+
+    level: int
+    seconds: float
+    freed_bytes: int = 0
+
+
+class SleepRefused(msgspec.Struct, frozen=True, tag="sleep_refused"):
+    """It stays as it was, and takes requests if it did: they would not end, or a wake could not be checked."""
+
+    reason: str
+
+
+class SleepFailed(msgspec.Struct, frozen=True, tag="sleep_failed"):
+    """It is of no use any more, and ends."""
+
+    reason: str
+
+
+class Woken(msgspec.Struct, frozen=True, kw_only=True, tag="woken"):
+    """It takes requests. `seconds` include `canary_s`, the check that the model is what it was."""
+
+    level: int
+    """The one it slept at."""
+    seconds: float
+    canary_s: float
+
+
+class WakeFailed(msgspec.Struct, frozen=True, tag="wake_failed"):
+    """It is of no use any more, and ends. It took no request."""
+
+    reason: str
+
+
+ToHost = HostSpec | Probe | Drain | Sleep | Wake | Shutdown
+FromHost = (
+    Loading | Loaded | LoadFailed | HostStatus | Drained | Slept | SleepRefused | SleepFailed | Woken | WakeFailed
+)

@@ -7,9 +7,13 @@ A worker speaks first (`POST /workers/register`, then a heartbeat at once when a
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from modelpool.core.lifecycle import InstanceState
+from modelpool.messages.engine import StartPhase
 from modelpool.messages.models import ModelSpec
 
 GiB = 1 << 30
@@ -49,6 +53,22 @@ class Address(msgspec.Struct, frozen=True):
     port: int
 
 
+class LevelChange(msgspec.Struct, frozen=True, kw_only=True):
+    """The last time that an instance went to sleep, or woke. Bytes are PSS of its process tree, before and after.
+
+    `level`: the one it went to, or came from. `seconds` come after `drain_s`, the wait for requests in flight.
+    `reason`: why it stayed awake; "" when it did not.
+    """
+
+    level: int
+    seconds: float = 0.0
+    drain_s: float = 0.0
+    canary_s: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    reason: str = ""
+
+
 class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
     """An instance as its worker sees it. `changed_at` is Unix seconds; `reason` says why it FAILED.
 
@@ -68,6 +88,14 @@ class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
     pid: int | None = None
     changed_at: float = 0.0
+    sleep_levels: tuple[int, ...] = ()
+    """Those that its engine has, of 1 and 2."""
+    pss_bytes: int = 0
+    """PSS of its process tree when it was last started, put to sleep or woken."""
+    last_sleep: LevelChange | None = None
+    last_wake: LevelChange | None = None
+    phases: tuple[StartPhase, ...] = ()
+    """Where the time of its start went."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +152,18 @@ class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     memory_bytes: int = 0
 
 
+class SleepOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /instances/{alias}/sleep`. Answered at once; idempotent.
+
+    Level 1 gives back the KV cache, 2 the weights too, 3 ends the process: then the worker knows the instance no more,
+    as after a stop. Requests in flight end first; where they do not in `drain_s` (the worker's drain timeout by
+    default), it stays awake, but for level 3.
+    """
+
+    level: Annotated[int, Meta(ge=1, le=3)]
+    drain_s: Annotated[float, Meta(ge=0)] | None = None
+
+
 class GpuInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The device(s) an instance is on. GB are 10^9 bytes; on a machine without accelerators, host memory and CPU."""
 
@@ -162,6 +202,10 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     progress: Progress | None = None
     reason: str = ""
+    sleep_levels: tuple[int, ...] = ()
+    last_sleep: LevelChange | None = None
+    last_wake: LevelChange | None = None
+    phases: tuple[StartPhase, ...] = ()
 
 
 class WorkerDescription(msgspec.Struct, frozen=True, kw_only=True):

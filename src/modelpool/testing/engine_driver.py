@@ -20,6 +20,8 @@ import msgspec
 
 from modelpool.messages.engine import (
     Adopt,
+    Drain,
+    Drained,
     Exited,
     Fork,
     Forked,
@@ -33,7 +35,9 @@ from modelpool.messages.engine import (
     LoadFailed,
     Probe,
     Shutdown,
+    Sleep,
     ToHost,
+    Wake,
 )
 from modelpool.messages.models import EngineKind, ModelSpec
 
@@ -107,6 +111,20 @@ class HostDriver:
                 raise TimeoutError(f"last status: {status}")
             select.select([], [], [], 0.01)
         return status
+
+    def sleep(self, level: int, drain_s: float = 5, timeout_s: float = 30) -> FromHost:
+        """Order it, after a drain; the answer."""
+        self.send(Drain(drain_s))
+        answer = self.receive(timeout_s)
+        if isinstance(answer, Drained):
+            self.send(Sleep(level))
+            answer = self.receive(timeout_s)
+        return answer
+
+    def wake(self, timeout_s: float = 30) -> FromHost:
+        """Order it; the answer."""
+        self.send(Wake())
+        return self.receive(timeout_s)
 
     def shutdown(self, drain_s: float = 5) -> None:
         self.send(Shutdown(drain_s=drain_s))

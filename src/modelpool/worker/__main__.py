@@ -119,7 +119,7 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
             timeout_s=worker.fetch_timeout_s,
             log_path=home.logs / f"fetch-{quote(settings.worker_id, safe='')}.log",
         )
-        limits = Limits(start_s=worker.start_timeout_s, stall_s=worker.stall_timeout_s)
+        limits = Limits(start_s=worker.start_timeout_s, stall_s=worker.stall_timeout_s, wake_s=worker.wake_timeout_s)
         supervisor = Supervisor(
             Launcher(forkservers=forkservers, hub=hub, place=place, limits=limits, log_of=log_of),
             forkservers=forkservers,

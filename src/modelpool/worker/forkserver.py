@@ -230,6 +230,14 @@ class Forkserver:
 
     # ------------------------------------------------------------ forking
 
+    async def ready(self) -> None:
+        """Return once a host can be forked. Raises EngineUnavailable."""
+        self._wanted.set()
+        while (life := await asyncio.shield(self._life)) is None:
+            pass
+        if isinstance(life, EngineUnavailable):
+            raise EngineUnavailable(str(life))
+
     async def fork(self, instance: str) -> ForkedHost:
         """Have a host forked, as soon as a forkserver is ready; in the next one when one died before it did.
 

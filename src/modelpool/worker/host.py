@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, suppress
 import msgspec
 
 from modelpool.messages.engine import (
+    Drain,
+    Drained,
     FromHost,
     HostSpec,
     HostStatus,
@@ -20,7 +22,14 @@ from modelpool.messages.engine import (
     Loading,
     Probe,
     Shutdown,
+    Sleep,
+    SleepFailed,
+    SleepRefused,
+    Slept,
     ToHost,
+    Wake,
+    WakeFailed,
+    Woken,
 )
 from modelpool.worker.forkserver import ForkedHost, Forkserver
 from modelpool.worker.process_group import ProcessGroup
@@ -32,6 +41,9 @@ log = logging.getLogger(__name__)
 _LAST_WORDS_S = 1.0
 # A host that has closed its control socket is about to end.
 _SILENT_END_S = 15.0
+
+
+Change = Drained | Slept | SleepRefused | SleepFailed | Woken | WakeFailed
 
 
 class LoadRefused(Exception):
@@ -102,6 +114,7 @@ class Host:
         self._loaded: asyncio.Future[Loaded | LoadFailed] = asyncio.Future()
         # (sent at, answer) of the probes under way; answers come in order.
         self._probes: deque[tuple[float, asyncio.Future[HostStatus]]] = deque()
+        self._change: asyncio.Future[Change] | None = None
         self._reading = asyncio.create_task(self._read(), name=f"host {self.pid} reading")
         self.ended = asyncio.create_task(self._end(), name=f"host {self.pid} end")
         """Done with the exit status once the process has ended."""
@@ -129,6 +142,12 @@ class Host:
     def silence(self) -> float:
         """For how many seconds the oldest unanswered probe has been waiting; 0 when none is."""
         return asyncio.get_running_loop().time() - self._probes[0][0] if self._probes else 0.0
+
+    def change(self, order: Drain | Sleep | Wake) -> asyncio.Future[Change]:
+        """Have it drain, sleep or wake, one order at a time. The answer never comes when it ends, or stalls."""
+        self._change = asyncio.Future()
+        self._send(order)
+        return self._change
 
     def shut_down(self, drain_s: float) -> None:
         """Let it end after the requests in flight. May be repeated, with less time."""
@@ -162,6 +181,9 @@ class Host:
                 _, answer = self._probes.popleft()
                 if not answer.done():
                     answer.set_result(message)
+            case Drained() | Slept() | SleepRefused() | SleepFailed() | Woken() | WakeFailed():
+                if self._change is not None and not self._change.done():
+                    self._change.set_result(message)
 
     async def _end(self) -> int | None:
         ended = asyncio.create_task(self._group.leader_ended())

@@ -7,15 +7,19 @@ import logging
 import time
 from collections.abc import Callable
 
-from modelpool.core.lifecycle import InstanceState, move
-from modelpool.messages.engine import HostStatus, Loaded
+from msgspec.structs import replace
+
+from modelpool.core.lifecycle import InstanceState, move, sleep_level
+from modelpool.messages.engine import HostStatus, Loaded, StartPhase, Wake
 from modelpool.messages.models import ModelSpec
-from modelpool.messages.workers import Address, InstanceReport, Progress
+from modelpool.messages.workers import Address, InstanceReport, LevelChange, Progress, SleepOrder
 from modelpool.worker.host import Host
 
 log = logging.getLogger(__name__)
 
 _OVER = (InstanceState.FAILED, InstanceState.UNLOADED, InstanceState.ABSENT)
+_SETTLED = (InstanceState.ACTIVE, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
+_AT_LEVEL = {1: InstanceState.SLEEP_1, 2: InstanceState.SLEEP_2}
 
 
 class Instance:
@@ -54,6 +58,13 @@ class Instance:
         self.last_status: HostStatus | None = None
         self.stop_asked = asyncio.Event()
         self.drain_s = 0.0
+        self.level = 0
+        """The sleep level that it has, or is on its way to."""
+        self.orders: asyncio.Queue[SleepOrder | Wake] = asyncio.Queue()
+        self.pss_bytes = 0
+        self.last_sleep: LevelChange | None = None
+        self.last_wake: LevelChange | None = None
+        self.phases: tuple[StartPhase, ...] = ()
         self._changed = changed
         self._changed_at = time.time()
 
@@ -61,6 +72,11 @@ class Instance:
     def over(self) -> bool:
         """Whether it has failed or ended, and may be started again under the same name."""
         return self.state in _OVER
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is awake or asleep for good, and may be ordered to another level."""
+        return self.state in _SETTLED and sleep_level(self.state) == self.level and not self.stop_asked.is_set()
 
     def move(self, target: InstanceState, reason: str = "") -> None:
         """Raises IllegalTransition, and then changes nothing."""
@@ -77,14 +93,51 @@ class Instance:
             self.move(InstanceState.FAILED, reason)
 
     def ask_to_end(self, drain_s: float) -> None:
-        """DRAINING from now on. A start is given up instead: it has nothing to drain."""
+        """DRAINING from now on. One that starts, or takes no requests already, has nothing to drain."""
         self.drain_s = drain_s
         self.stop_asked.set()
-        if self.state is InstanceState.STARTING:
+        if self.state is InstanceState.ACTIVE:
+            self.move(InstanceState.DRAINING)
+        else:
             self.reason = "it is being stopped"
             self._touch()
-        else:
+
+    def ask_to_sleep(self, order: SleepOrder) -> None:
+        """DRAINING from now on, unless it sleeps already, and goes deeper."""
+        self.level = order.level
+        if self.state is InstanceState.ACTIVE:
             self.move(InstanceState.DRAINING)
+        self.orders.put_nowait(order)
+
+    def ask_to_wake(self) -> None:
+        self.level = 0
+        self.move(InstanceState.WAKING)
+        self.orders.put_nowait(Wake())
+
+    def fall_asleep(self, change: LevelChange) -> None:
+        self.last_sleep = change
+        self.pss_bytes = change.bytes_after
+        self.move(_AT_LEVEL[change.level])
+
+    def stay(self, change: LevelChange) -> None:
+        """The order to sleep came to nothing, and it is what it was: mostly its requests would not end."""
+        self.last_sleep = change
+        self.level = sleep_level(self.state)
+        if self.state is InstanceState.DRAINING and not self.stop_asked.is_set():
+            self.move(InstanceState.ACTIVE)
+        self._touch()
+
+    def awake(self, change: LevelChange) -> None:
+        self.last_wake = change
+        if not self.stop_asked.is_set():
+            self.move(InstanceState.ACTIVE)
+
+    def measured(self, pss_bytes: int) -> None:
+        """So large is its process tree now, after its start or its last wake."""
+        self.pss_bytes = pss_bytes
+        if self.last_wake is not None:
+            self.last_wake = replace(self.last_wake, bytes_after=pss_bytes)
+        self._touch()
 
     def advance(self, phase: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
         """Say how far the start is. What comes after it was given up says nothing."""
@@ -93,8 +146,9 @@ class Instance:
             self.progress = progress
             self._touch()
 
-    def activate(self, loaded: Loaded, *, upstream: Address, address: Address) -> None:
+    def activate(self, loaded: Loaded, *, upstream: Address, address: Address, phases: tuple[StartPhase, ...]) -> None:
         self.loaded = loaded
+        self.phases = phases
         self.upstream = upstream
         self.address = address
         self.move(InstanceState.ACTIVE)
@@ -128,4 +182,9 @@ class Instance:
             memory_bytes=self.memory_bytes,
             pid=self.host.pid if self.host else None,
             changed_at=self._changed_at,
+            sleep_levels=self.loaded.sleep_levels if self.loaded else (),
+            pss_bytes=self.pss_bytes,
+            last_sleep=self.last_sleep,
+            last_wake=self.last_wake,
+            phases=self.phases,
         )

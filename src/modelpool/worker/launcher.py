@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from modelpool.messages.engine import HostSpec, Loaded
+from modelpool.messages.engine import HostSpec, Loaded, StartPhase
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import Address
 from modelpool.worker.forkserver import EngineUnavailable, ForkFailed, Forkserver
@@ -18,6 +18,7 @@ from modelpool.worker.host_spec import host_environment
 from modelpool.worker.hub import FetchFailed, Hub
 from modelpool.worker.instance import Instance
 from modelpool.worker.instance_log import InstanceLog
+from modelpool.worker.residency import follow_orders
 from modelpool.worker.waiting import all_of, cancelled, first_of
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     start_s: float
     stall_s: float
+    wake_s: float
 
 
 class HostPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +86,9 @@ class Launcher:
     async def run(self, instance: Instance) -> None:
         """From STARTING until nothing of the host is left: because it failed, or because it was asked to end."""
         try:
+            began = time.monotonic()
             path = await self._fetch(instance)
+            instance.phases = (StartPhase("fetch", time.monotonic() - began),)
             async with asyncio.timeout(self._limits.start_s) as deadline:
                 try:
                     await self._host(instance, path, deadline)
@@ -117,16 +121,28 @@ class Launcher:
         log_start = await asyncio.to_thread(log_.size)
         began = time.monotonic()
         instance.advance("import")
-        async with forked_host(self._forkservers[instance.model.engine], instance.name) as host:
+        forkserver = self._forkservers[instance.model.engine]
+        await forkserver.ready()
+        imported = time.monotonic()
+        async with forked_host(forkserver, instance.name) as host:
             instance.attach(host)
             try:
                 loaded = await self._load(instance, host, path, log_, log_start)
                 deadline.reschedule(None)
-                log.info("%s is ready after %.1f s, process %d", instance.name, time.monotonic() - began, host.pid)
+                ready = time.monotonic()
+                log.info("%s is ready after %.1f s, process %d", instance.name, ready - began, host.pid)
+                # What the host's own phases leave of its time: the fork, and its way to the first of them.
+                forking = max(0.0, ready - imported - sum(phase.seconds for phase in loaded.phases))
                 instance.activate(
                     loaded,
                     upstream=Address(self._place.reached_here, loaded.port),
                     address=Address(self._place.announced, loaded.port),
+                    phases=(
+                        *instance.phases[:1],
+                        StartPhase("import", imported - began),
+                        StartPhase("fork", forking),
+                        *loaded.phases,
+                    ),
                 )
                 await self._serve(instance, host, log_)
             finally:
@@ -146,22 +162,28 @@ class Launcher:
         """Watch an ACTIVE host until it fails, or is asked to end and has had its time for it."""
         log_start = await asyncio.to_thread(log_.size)
         asked = asyncio.create_task(instance.stop_asked.wait(), name=f"instance {instance.name} stop")
+        changing = asyncio.create_task(
+            follow_orders(instance, host, self._limits.wake_s), name=f"instance {instance.name} residency"
+        )
         try:
-            reason = await self._watch(host, asked)
+            reason = await self._watch(host, asked, changing)
             if reason is None and host.ended.done() and not asked.done():
                 reason = await _epitaph(HostEnded(host.ended.result()), log_, log_start)
             if reason is not None:
                 instance.fail(reason)
                 return
+            await cancelled(changing)
             host.shut_down(instance.drain_s)
             await all_of(host.ended, timeout_s=instance.drain_s + END_GRACE_S)
         finally:
-            await cancelled(asked)
+            await cancelled(asked, changing)
 
-    async def _watch(self, host: Host, asked: asyncio.Task[bool]) -> str | None:
-        """Probe until the host ended or is asked to end (None), or stalls: then why."""
+    async def _watch(self, host: Host, asked: asyncio.Task[bool], changing: asyncio.Task[str]) -> str | None:
+        """Probe until the host ended or is asked to end (None), or is of no use any more: then why."""
         while True:
-            await first_of(host.ended, asked, timeout_s=PROBE_INTERVAL_S)
+            await first_of(host.ended, asked, changing, timeout_s=PROBE_INTERVAL_S)
+            if changing.done():
+                return changing.result()
             if host.ended.done() or asked.done():
                 return None
             if host.silence() > self._limits.stall_s:

@@ -17,7 +17,7 @@ from modelpool import __version__
 from modelpool.control_http import TokenGuard, answer, body_schema, render_errors
 from modelpool.errors import BodyTooLarge
 from modelpool.messages.models import decode_body
-from modelpool.messages.workers import StartOrder, WorkerDescription
+from modelpool.messages.workers import SleepOrder, StartOrder, WorkerDescription
 from modelpool.worker.supervisor import Supervisor
 
 MAX_ORDER_BYTES = 4 << 20
@@ -76,6 +76,14 @@ def _add_orders(app: FastAPI, supervisor: Supervisor) -> None:
     @app.post("/instances/{instance:path}/stop")
     async def stop(instance: str) -> Response:
         return answer(supervisor.stop(instance))
+
+    @app.post("/instances/{instance:path}/sleep", openapi_extra=body_schema(SleepOrder))
+    async def sleep(instance: str, request: Request) -> Response:
+        return answer(supervisor.sleep(instance, decode_body(await _body(request), SleepOrder)))
+
+    @app.post("/instances/{instance:path}/wake")
+    async def wake(instance: str) -> Response:
+        return answer(supervisor.wake(instance))
 
 
 async def _body(request: Request) -> bytes:

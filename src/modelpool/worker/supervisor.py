@@ -11,6 +11,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
+from msgspec.structs import replace
+
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.errors import Conflict, Draining, InstanceNotFound, InvalidBody
 from modelpool.messages.engine import HostStatus
@@ -22,6 +24,7 @@ from modelpool.messages.workers import (
     GpuInfo,
     InstanceReport,
     InstanceStatus,
+    SleepOrder,
     StartOrder,
 )
 from modelpool.worker.devices import CPU, GB, Devices
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 _STATUS_DEADLINE_S = 0.5
 _ROTATION_INTERVAL_S = 10.0
 _SERVED = (InstanceState.ACTIVE, InstanceState.DRAINING)
+UNLOADED_LEVEL = 3
 _NO_FIGURES = HostStatus(inflight=0, requests_total=0)
 
 
@@ -175,6 +179,10 @@ class Supervisor:
             pid=instance.host.pid if instance.host else None,
             progress=instance.progress,
             reason=instance.reason,
+            sleep_levels=loaded.sleep_levels if loaded else (),
+            last_sleep=instance.last_sleep,
+            last_wake=instance.last_wake,
+            phases=instance.phases,
         )
 
     async def _figures(self, instance: Instance) -> HostStatus:
@@ -224,6 +232,31 @@ class Supervisor:
         self._stop(instance, self._drain_s)
         return instance.report()
 
+    def sleep(self, name: str, order: SleepOrder) -> InstanceReport:
+        """Put an instance to sleep, after its requests in flight; at level 3, end it. Returns at once.
+
+        No change where it sleeps at that level already, or is on its way there. Raises InstanceNotFound, Conflict
+        where its state or its deeper level stands against it, InvalidBody for a level that its engine does not have.
+        """
+        instance = self._require(name)
+        drain_s = self._drain_s if order.drain_s is None else order.drain_s
+        if order.level == UNLOADED_LEVEL:
+            self._stop(instance, drain_s)
+        elif order.level != instance.level or instance.over or instance.stop_asked.is_set():
+            _check_level(instance, order.level)
+            instance.ask_to_sleep(replace(order, drain_s=drain_s))
+        return instance.report()
+
+    def wake(self, name: str) -> InstanceReport:
+        """Wake an instance; no change where it is awake or wakes. At once. Raises InstanceNotFound, Conflict."""
+        instance = self._require(name)
+        waking = instance.state is InstanceState.WAKING and not instance.stop_asked.is_set()
+        if not waking and not instance.settled:
+            raise _busy(instance)
+        if instance.level:
+            instance.ask_to_wake()
+        return instance.report()
+
     def _stop(self, instance: Instance, drain_s: float) -> None:
         assert instance.task is not None
         if instance.over:
@@ -268,7 +301,7 @@ class Supervisor:
 
     def _end(self, instance: Instance) -> None:
         """It was stopped, and all of it is gone."""
-        if instance.state is InstanceState.DRAINING:
+        if instance.state is not InstanceState.STARTING:
             instance.move(InstanceState.UNLOADED)
         instance.move(InstanceState.ABSENT)
         log.info("%s ended", instance.name)
@@ -293,6 +326,34 @@ async def running_supervisor(supervisor: Supervisor, end_drain_s: float) -> Asyn
         finally:
             for service in services:
                 service.cancel()
+
+
+def _check_level(instance: Instance, level: int) -> None:
+    """Whether it can go to this level now. Raises Conflict, InvalidBody."""
+    if not instance.settled:
+        raise _busy(instance)
+    if level < instance.level:
+        raise Conflict(
+            f"The instance `{instance.name}` sleeps at level {instance.level}; wake it first.",
+            param="level",
+            code="instance_asleep",
+        )
+    offered = instance.loaded.sleep_levels if instance.loaded else ()
+    if level not in offered:
+        levels = ", ".join(str(each) for each in (*offered, UNLOADED_LEVEL))
+        raise InvalidBody(
+            f"`level`: the instance `{instance.name}` has no level {level}; it has {levels}.", param="level"
+        )
+
+
+def _busy(instance: Instance) -> Conflict:
+    reason = f": {instance.reason}" if instance.reason else ""
+    return Conflict(
+        f"The instance `{instance.name}` is {instance.state}{reason}.",
+        param="instance",
+        code="instance_busy",
+        retry_after=1,
+    )
 
 
 def _running(instance: Instance, model: ModelSpec) -> InstanceReport:

@@ -18,16 +18,20 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from modelpool.engines.engine import ASGIApp, Facts, LoadError, Phase, Stats
+from modelpool.engines.canary import Reading
+from modelpool.engines.engine import ASGIApp, Facts, LoadError, Phase, ResidencyError, Stats, StillBusy
+from modelpool.engines.vllm import canary
 from modelpool.engines.vllm.arguments import parsed
 from modelpool.engines.vllm.folder import folder_problem
 from modelpool.engines.vllm.inspection import register_architecture
+from modelpool.engines.vllm.levels import levels, sleep_arguments
 from modelpool.engines.vllm.load_stats import LoadStats
 from modelpool.engines.vllm.memory import memory_arguments, weights_bytes
 from modelpool.engines.vllm.reasons import RootCauses, is_generic, reason
@@ -48,6 +52,10 @@ class VllmEngine:
         self._llm = llm
         self._arguments = arguments
         self._causes = causes
+        self._levels = levels(llm, llm.vllm_config)
+        self._tasks: tuple[str, ...] = ()
+        self._adapters: Mapping[str, LoRARequest] = {}
+        self._reloads = False
         self._closed = False
 
     @classmethod
@@ -77,7 +85,7 @@ class VllmEngine:
             device_total=current_platform.get_device_total_memory(),
             available=psutil.virtual_memory().available,
         )
-        arguments = parsed(spec.model, spec.model_path, memory)
+        arguments = parsed(spec.model, spec.model_path, memory | sleep_arguments())
         _import_parser_plugins(arguments)
         register_architecture(path)
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
@@ -91,7 +99,7 @@ class VllmEngine:
             # may not have, in the first request that asks for them: 12 s here.
             torch._dynamo.config.disable = True
         _prepare_fork(config)
-        phase("weights")
+        phase("processes")
         llm = AsyncLLM.from_vllm_config(
             vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,
@@ -108,6 +116,7 @@ class VllmEngine:
         config = self._llm.vllm_config
         return Facts(
             capacity=config.scheduler_config.max_num_seqs,
+            sleep_levels=self._levels.offered,
             max_model_len=config.model_config.max_model_len,
             num_gpu_blocks=config.cache_config.num_gpu_blocks,
             block_size=config.cache_config.block_size,
@@ -133,14 +142,49 @@ class VllmEngine:
         try:
             # As vLLM's own server does: what was made up to profile multimodal input need not stay in memory.
             await self._llm.reset_mm_cache()
-            tasks = await self._llm.get_supported_tasks()
+            tasks = self._tasks = await self._llm.get_supported_tasks()
             app = build_app(self._arguments, tasks, self._llm.model_config)
             await init_app_state(self._llm, app.state, self._arguments, tasks)
+            self._adapters = app.state.openai_serving_models.lora_requests
             # vLLM's error handler tells its server to end when the engine is dead; here the host sees to that.
             app.state.server = SimpleNamespace(should_exit=False)
         except Exception as error:
             raise LoadError(self._causes.first() or reason(error)) from error
         return cast(ASGIApp, app)
+
+    async def sleep(self, level: int, deadline: float) -> int:
+        try:
+            # What runs without a client, such as a response made in the background, is waited for here.
+            async with asyncio.timeout_at(deadline):
+                await self._llm.pause_generation(mode="wait")
+        except TimeoutError:
+            await self._llm.resume_generation()
+            raise StillBusy(f"{self._llm.get_num_unfinished_requests()} requests run on") from None
+        try:
+            freed = await self._levels.sleep(level)
+        except Exception as error:
+            raise ResidencyError(self._causes.first() or reason(error)) from error
+        self._reloads = level == 2
+        return freed
+
+    async def wake(self) -> None:
+        try:
+            await self._levels.wake()
+            # Loading the weights again forgets the adapters.
+            for adapter in self._adapters.values() if self._reloads else ():
+                await self._llm.add_lora(adapter)
+        except Exception as error:
+            raise ResidencyError(self._causes.first() or reason(error)) from error
+        self._reloads = False
+
+    async def canary(self) -> Mapping[str, Reading]:
+        try:
+            readings = {"": await canary.read(self._llm, self._tasks)}
+            for name, adapter in self._adapters.items():
+                readings[name] = await canary.read(self._llm, self._tasks, adapter)
+        except Exception as error:
+            raise ResidencyError(self._causes.first() or reason(error)) from error
+        return readings
 
     async def dead(self) -> str:
         processes = self._llm.engine_core.resources.engine_manager.processes
