@@ -246,7 +246,8 @@ async def test_a_client_that_leaves_waits_no_more_and_reaches_no_engine(leaving:
             client.writer.write_eof()
         else:
             client.abort()
-        await until_waiting(world, 0)
+        async with asyncio.timeout(1):
+            await until_waiting(world, 0)
         Times(world).say(entry("m", [endpoint]))
         assert (await world.ask(chat())).status == 200
         assert upstream.count == 1
