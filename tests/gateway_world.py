@@ -170,11 +170,14 @@ class Client:
         elif headers.get("transfer-encoding") == "chunked":
             while True:
                 size = await self.reader.readuntil(b"\r\n")
+                if not int(size, 16):
+                    break
                 data = await self.reader.readexactly(int(size, 16) + 2)
                 assert data.endswith(b"\r\n")
                 raw, body = raw + size + data, body + data[:-2]
-                if len(data) == 2:
-                    break
+            raw += size
+            while not raw.endswith(b"\r\n\r\n"):  # trailers
+                raw += await self.reader.readuntil(b"\r\n")
         elif "content-length" in headers:
             body = await self.reader.readexactly(int(headers["content-length"]))
             raw += body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from modelpool.core.breaker import FAILURES_MAX
 from modelpool.gateway.connection import Limits
 from modelpool.relay import Deadlines
-from tests.gateway_world import chat, entry, gateway
+from tests.gateway_world import World, chat, entry, gateway
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
 QUICK = Limits(body_bytes=1 << 20, check_s=0.02)
@@ -91,6 +92,69 @@ async def test_a_client_that_reads_slowly_is_no_stalled_engine() -> None:
         await asyncio.sleep(0.5)
         assert len(await client.reader.readuntil(b"\r\n\r\n")) > 10
         assert len(await client.reader.readexactly(size)) == size
+
+
+async def reader_of(world: World) -> socket.socket:
+    """A client that asked, and has little room for the answer."""
+    loop = asyncio.get_running_loop()
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
+    await loop.sock_connect(sock, world.endpoint)
+    await loop.sock_sendall(sock, chat(stream=True))
+    return sock
+
+
+async def read_to_the_end(sock: socket.socket) -> None:
+    while await asyncio.get_running_loop().sock_recv(sock, 1 << 20):
+        pass
+
+
+@on_uvloop
+async def test_a_client_that_reads_a_little_now_and_then_is_let_be_and_one_that_reads_nothing_is_not() -> None:
+    left = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(EVENT_STREAM)
+        try:
+            while True:
+                writer.write(chunk(b"data: %b\n\n" % (b"x" * 60_000)))
+                await writer.drain()
+        finally:
+            left.set()
+
+    limits = Limits(body_bytes=1 << 20, check_s=0.05, flush_s=0.5)
+    async with serving(handle) as endpoint, gateway(entry("m", [endpoint]), limits=limits) as world:
+        loop = asyncio.get_running_loop()
+        with await reader_of(world) as sock:
+            for _ in range(20):
+                assert await loop.sock_recv(sock, 16 << 10)
+                await asyncio.sleep(0.1)
+            assert not left.is_set()
+            await left.wait()
+            with pytest.raises(ConnectionResetError):  # and not all that the kernel still had for it
+                await read_to_the_end(sock)
+        await world.until_idle()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@on_uvloop
+async def test_an_answer_without_a_length_that_breaks_does_not_look_whole(version: str) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        framing = b"" if version == "1.1" else b"Transfer-Encoding: chunked\r\n"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n%b\r\n" % framing)
+        writer.write(b"half" if version == "1.1" else chunk(b"half"))
+        await gone(reader)
+
+    deadlines = Deadlines(between_bytes_s=0.2)
+    async with serving(handle) as endpoint, gateway(entry("m", [endpoint]), limits=QUICK, deadlines=deadlines) as world:
+        client = await world.connect()
+        client.send(chat(version=version))
+        assert (await client.reader.readuntil(b"half")).startswith(b"HTTP/1.1 200")
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
 
 
 @on_uvloop

@@ -270,6 +270,7 @@ async def test_fetch_sends_again_what_met_a_stale_connection() -> None:
         (EVENT_STREAM + b"10\r\n", False),
         (EVENT_STREAM + chunk(b"data: 1\n\n") + b"1", False),
         (EVENT_STREAM + chunk(b"data: 1\n\n")[:-2], False),
+        (EVENT_STREAM[:-2] + b"Trailer: x-trailer\r\n\r\n" + chunk(b"data: 1\n\n") + b"0\r\nx-trailer: 1", False),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", False),
     ],
 )

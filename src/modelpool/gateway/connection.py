@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import math
 import select
+import socket
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
@@ -131,6 +135,7 @@ class ClientConnection(asyncio.Protocol):
         "_transport",
         "_tunnel",
         "_unread",
+        "_unsent",
         "_upstream",
         "_writable",
         "answered",
@@ -148,6 +153,7 @@ class ClientConnection(asyncio.Protocol):
         self._reading = True
         self._writable = True
         self._stalled_at = math.inf
+        self._unsent = 0
         # The message that is being read
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -275,9 +281,12 @@ class ClientConnection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Enforce the deadlines, if the client let one pass."""
-        if now - self._stalled_at > self._limits.flush_s:
-            self.abort()  # it reads nothing of its answer, and holds its place in the engine
-            return
+        if not self._writable and self._transport is not None:
+            if self._took_some(self._transport):
+                self._stalled_at = now
+            elif now - self._stalled_at > self._limits.flush_s:
+                self.reset()  # it reads nothing of its answer, and holds its place in the engine
+                return
         if self._upstream is not None:
             self._upstream.check(now)
         if not self._reading and self._task is not None and self._left_unread():
@@ -292,6 +301,17 @@ class ClientConnection(asyncio.Protocol):
             self._close()
         else:
             self.abort()
+
+    def _took_some(self, transport: asyncio.Transport) -> bool:
+        """Whether the client read something since this was last asked. Of a socket's own buffer that may be a little
+        at a time, for a long time, before there is room in it again.
+        """
+        unsent = transport.get_write_buffer_size()
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            unsent += struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+        before, self._unsent = self._unsent, unsent
+        return unsent < before
 
     def _left_unread(self) -> bool:
         """Whether the client left while nothing is read of it: it sent far ahead, and its end lies behind that."""
@@ -310,6 +330,15 @@ class ClientConnection(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def reset(self) -> None:
+        """Abort, and forget what is unsent: the kernel would go on offering it to the client."""
+        if self._transport is None:
+            return
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
 
     # Called by the loop
 
@@ -339,6 +368,7 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._writable = False
         self._stalled_at = self._loop.time()
+        self._unsent = 0
         if self._upstream is not None:
             self._upstream.pause()
 

@@ -15,7 +15,6 @@ from modelpool.relay.response import BodyDecoder
 
 _HELD_MAX = 64 << 10
 _EVENT_MAX = 1 << 20
-_EVENT_MAX = 1 << 20
 
 
 class PassThrough:
@@ -132,7 +131,11 @@ class PassThrough:
         An event stream gets a last event; anything else breaks off, so that nobody takes it for whole.
         """
         head = self._head
-        if not self._client.answered or head is None or not head.event_stream:
+        if not self._client.answered or head is None:
+            raise error
+        if not head.event_stream:
+            if head.ends_with_connection or self._request.http10:
+                self._client.reset()  # to whom the end of the connection is the end of the answer
             raise error
         chunked = self._chunks or (head.chunked and self._decoder is None)
         if chunked and not self._chunks and not exchange.takes_chunk:

@@ -36,6 +36,10 @@ class ResponseHead:
         return b"\r\ntransfer-encoding:" in self.lower
 
     @property
+    def announces_trailers(self) -> bool:
+        return b"\r\ntrailer:" in self.lower
+
+    @property
     def ends_with_connection(self) -> bool:
         """Whether the body has no length of its own, so that only the connection's end shows it is complete."""
         if self.status in (204, 304):

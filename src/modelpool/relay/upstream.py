@@ -318,8 +318,9 @@ class _Connection(asyncio.Protocol):
     def _fail(self, error: EngineError) -> None:
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
-        chunked = exchange.head is not None and exchange.head.chunked
-        exchange.fail(error, takes_chunk=chunked and self._between_chunks())
+        head = exchange.head
+        takes_chunk = head is not None and head.chunked and not head.announces_trailers and self._between_chunks()
+        exchange.fail(error, takes_chunk=takes_chunk)
         self.close()
 
     def _between_chunks(self) -> bool:
