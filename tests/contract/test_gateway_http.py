@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from modelpool.gateway.connection import Limits
+from modelpool.gateway.listener import ACCEPTED
 from tests.gateway_world import Client, World, chat, entry, gateway, request
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
@@ -32,6 +33,18 @@ async def test_a_connection_serves_request_after_request() -> None:
             answer = await client.ask(HEALTH)
             assert (answer.status, answer.json["status"]) == (200, "ok")
             assert answer.json["snapshot"]["epoch"] == "e1"
+
+
+@on_uvloop
+async def test_many_clients_that_come_at_once_are_taken_within_a_few_turns_of_the_loop() -> None:
+    async with gateway() as world:
+        clients = [socket.create_connection(world.endpoint) for _ in range(2 * ACCEPTED)]
+        for _ in range(8):
+            await asyncio.sleep(0)
+        taken = world.listener.connections
+        for client in clients:
+            client.close()
+    assert taken == len(clients)
 
 
 @on_uvloop

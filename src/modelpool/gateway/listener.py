@@ -11,6 +11,11 @@ from contextlib import asynccontextmanager
 from modelpool.gateway.connection import Application, ClientConnection, Limits
 from modelpool.tcp import BACKLOG
 
+ACCEPTED = 16
+"""Connections taken in a turn of the loop, at most. libuv takes one per turn and listening descriptor (since 1.45), so
+with one of them 256 clients that came at once to a busy gateway waited for a second; that many look at the same socket.
+"""
+
 
 class Listener:
     """The connections of one socket. Use `listening`."""
@@ -64,19 +69,23 @@ async def listening(
     """Serve `app` on a bound socket. Left, no connection and no request of it is alive."""
     loop = asyncio.get_running_loop()
     listener = Listener()
-    server = await loop.create_server(
-        lambda: ClientConnection(app, listener, limits, loop),
-        sock=sock,
-        backlog=BACKLOG,
-        ssl=tls,
-        ssl_handshake_timeout=limits.head_s if tls else None,
-        ssl_shutdown_timeout=limits.linger_s if tls else None,
-    )
+    servers = [
+        await loop.create_server(
+            lambda: ClientConnection(app, listener, limits, loop),
+            sock=each,
+            backlog=BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=limits.head_s if tls else None,
+            ssl_shutdown_timeout=limits.linger_s if tls else None,
+        )
+        for each in (sock, *(sock.dup() for _ in range(ACCEPTED - 1)))
+    ]
     async with asyncio.TaskGroup() as tasks:
         deadlines = tasks.create_task(listener.enforce_deadlines(limits.check_s))
         try:
             yield listener
         finally:
-            server.close()
+            for server in servers:
+                server.close()
             await listener.end(grace_s)
             deadlines.cancel()
