@@ -25,12 +25,14 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from benchmarks.keys import KEY, LIMITED
 from benchmarks.load import Measured
 from benchmarks.machine import Watch, cpu_seconds, pss_bytes
 from benchmarks.pace import CHUNKS
 from benchmarks.picture import picture
 from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, best, report
-from benchmarks.routers import KEY, OURS, Running, routers, upstreams
+from benchmarks.routers import OURS, OURS_LIMITED, Running, routers, upstreams
+from modelpool import __version__
 from modelpool.home import Home
 
 CONNECTIONS = {Load.PLAIN: (1, 16, 64, 256), Load.STREAM: (1, 16, 64, 256), Load.PACED: (USUAL[Load.PACED],)}
@@ -61,10 +63,12 @@ FULL = Plan(rounds=3, seconds=1.5, held=1000)
 QUICK = Plan(rounds=1, seconds=0.4, held=300)
 
 
-def load(port: int, connections: int, seconds: float, kind: Load = Load.PLAIN, *, pause: float = 0.0) -> Measured:
+def load(
+    running: Running, connections: int, seconds: float, kind: Load = Load.PLAIN, *, pause: float = 0.0
+) -> Measured:
     """Run a load from a process of its own. Raises RuntimeError if a request failed."""
-    command = [sys.executable, "-m", "benchmarks.load", "--key", KEY, "--port", str(port), "--pause", str(pause)]
-    command += ["--connections", str(connections), "--seconds", str(seconds), *_STREAMS[kind]]
+    command = [sys.executable, "-m", "benchmarks.load", "--key", running.key, "--port", str(running.port)]
+    command += ["--connections", str(connections), "--seconds", str(seconds), "--pause", str(pause), *_STREAMS[kind]]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     measured = msgspec.json.decode(done.stdout, type=Measured)
     if measured.failures:
@@ -92,7 +96,7 @@ def checked(name: str, running: Running) -> bool:
     url = f"http://127.0.0.1:{running.port}/v1/chat/completions"
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
     with httpx.Client(timeout=60, trust_env=False) as client:
-        right, wrong = ({"Authorization": f"Bearer {key}"} for key in (KEY, "wrong"))
+        right, wrong = ({"Authorization": f"Bearer {key}"} for key in (running.key, "wrong"))
         plain = client.post(url, json=body, headers=right)
         stream = client.post(url, json={**body, "stream": True}, headers=right)
         if plain.status_code != 200 or not CHUNKS < stream.text.count("data: ") <= CHUNKS + 2:
@@ -101,9 +105,9 @@ def checked(name: str, running: Running) -> bool:
 
 
 def measure(name: str, running: Running, kind: Load, connections: int, seconds: float) -> Row:
-    load(running.port, connections, seconds / 8, kind)  # warm: connections open, code paths seen
+    load(running, connections, seconds / 8, kind)  # warm: connections open, code paths seen
     before = cpu_seconds(running.processes)
-    measured = load(running.port, connections, seconds, kind)
+    measured = load(running, connections, seconds, kind)
     return Row(
         router=name,
         load=kind,
@@ -121,8 +125,8 @@ def measure(name: str, running: Running, kind: Load, connections: int, seconds: 
 def memory(name: str, running: Running, plan: Plan) -> Memory:
     """Before any load has filled its heaps. Idle connections stay while streams come, so that both are growth."""
     count = plan.held // 10 if name in SLOW else plan.held
-    load(running.port, 4, 0.2)
-    load(running.port, 4, 0.2, Load.STREAM)
+    load(running, 4, 0.2)
+    load(running, 4, 0.2, Load.STREAM)
     start = _settled(running)
     with held(running.port, count):
         idle = _settled(running)
@@ -159,12 +163,13 @@ def run(plan: Plan, rivals: Path | None) -> Results:
         for router, each in found.items():
             say(f"starting {router}")
             running[router] = stack.enter_context(each.start())
+        running[OURS_LIMITED] = running[OURS]._replace(key=LIMITED)
         keyed = {router: checked(router, each) for router, each in running.items()}
         say("measuring memory")
-        sizes = [memory(router, each, plan) for router, each in running.items()]
+        sizes = [memory(router, running[router], plan) for router in found]
         say(f"measuring CPU and latency, {plan.rounds} rounds")
         rows = measure_all({DIRECT: Running(engines.ports[0], engines.processes), **running}, plan)
-        versions = {router: each.version for router, each in found.items()}
+        versions = {OURS: __version__, OURS_LIMITED: "", **{router: each.version for router, each in found.items()}}
     return Results(
         ours=OURS,
         when=datetime.now().strftime("%Y-%m-%d %H:%M"),

@@ -43,10 +43,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(running: Running, engines: Upstreams) -> Measured:
-    load(running.port, CONNECTIONS, SECONDS / 6)
+    load(running, CONNECTIONS, SECONDS / 6)
     groups = [*((each,) for each in running.processes), engines.processes]
     before = [cpu_seconds(each) for each in groups]
-    seen = load(running.port, CONNECTIONS, SECONDS)
+    seen = load(running, CONNECTIONS, SECONDS)
     spent = [cpu_seconds(each) - was for each, was in zip(groups, before, strict=True)]
     *own, engine = (seconds / seen.requests * 1e6 for seconds in spent)
     return Measured(

@@ -12,7 +12,8 @@ from benchmarks.machine import Machine
 
 DIRECT = "(no router)"
 _ABOUT = """\
-CPU is that of the router's processes; × is the ratio to Model Pool's; `key`: whether it refuses a wrong one. A paced
+CPU is that of the router's processes; × is the ratio to Model Pool's; `key`: whether it refuses a wrong one; `limits`:
+with a key whose requests, tokens and concurrency are limited. A paced
 stream has a chunk every 10 ms; other streams' chunks come at once, and `pieces` says in how many reads they come."""
 FEW = 1000
 """Below so many requests there is no 99.9th percentile."""
@@ -79,8 +80,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
         wanted = router, load, connections or USUAL[load]
         return next((row for row in self.rows if (row.router, row.load, row.connections) == wanted), None)
 
-    def memory_of(self, router: str) -> Memory:
-        return next(each for each in self.memory if each.router == router)
+    def memory_of(self, router: str) -> Memory | None:
+        return next((each for each in self.memory if each.router == router), None)
 
     def added_us(self, row: Row, share: str) -> float:
         """By how much a percentile (`p50_us`, …) of the latency exceeds the one without a router."""
@@ -185,6 +186,8 @@ def _costs(results: Results) -> str:
             if load is Load.STREAM:
                 found.append(f"{row.segments:.0f}" if row else "")
         own, memory = results.memory_of(results.ours), results.memory_of(name)
+        if memory is None or own is None:
+            return [*found, "", "", "", ""]
         found += [f"{memory.idle / 1e3:.1f}", _ratio(memory.idle, own.idle)]
         return [*found, f"{memory.stream / 1e3:.1f}", _ratio(memory.stream, own.stream)]
 

@@ -20,13 +20,14 @@ from typing import NamedTuple
 import msgspec
 import psutil
 
+from benchmarks.keys import KEY
 from modelpool import __version__
 from modelpool.home import Home
 from modelpool.process import READY_FD, Announcement, Ready
 from modelpool.tcp import LISTEN_FD, listen_shared
 
-KEY = "sk-benchmark-key"
 OURS, BARE = "Model Pool", "bare pass-through"
+OURS_LIMITED = f"{OURS}, limits"
 START_S = 90.0
 _STOP_S = 10.0
 
@@ -37,6 +38,7 @@ class Running(NamedTuple):
     port: int
     processes: tuple[psutil.Process, ...]
     """Their children count too."""
+    key: str = KEY
 
 
 class Upstreams(NamedTuple):
@@ -170,7 +172,6 @@ def _gateway(home: Path, sock: socket.socket, number: int, count: int) -> Iterat
     with open(ready, "wb") as said:
         environ = {
             "MODELPOOL_HOME": str(home),
-            "MODELPOOL_API_KEY": KEY,
             "MODELPOOL_LOG_LEVEL": "warning",
             "MODELPOOL_GATEWAY_PROCESSES": str(count),
             "SERVE_MAX_ONGOING_REQUESTS": "20000",

@@ -100,12 +100,12 @@ def run(streams: int, seconds: float) -> Outcome:
         home = Home(Path(name) / "home")
         stack.enter_context(upstreams(Path(name), control=home.control_socket))
         running = stack.enter_context(gateways(home.path))
-        load(running.port, OTHERS, 0.3)
+        load(running, OTHERS, 0.3)
         before = pss_bytes(running.processes)
         with Peak(running) as peak:
             with opened(running.port, streams, round(seconds + MARGIN_S + streams / OPENED_A_SECOND)) as clients:
                 cpu, since = cpu_seconds(running.processes), time.monotonic()
-                others = load(running.port, OTHERS, seconds - MARGIN_S, pause=PAUSE_S)
+                others = load(running, OTHERS, seconds - MARGIN_S, pause=PAUSE_S)
                 cpu_share = (cpu_seconds(running.processes) - cpu) / (time.monotonic() - since)
                 ends = [_end(client) for client in clients]
     return Outcome(

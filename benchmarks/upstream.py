@@ -15,6 +15,7 @@ import httptools
 import msgspec
 import uvloop
 
+from benchmarks.keys import keys
 from benchmarks.machine import raise_descriptor_limit
 from benchmarks.pace import CHUNKS, Pace
 from modelpool.messages.routing import KEEPALIVE_S, ModelEntry, Route, Snapshot
@@ -105,16 +106,16 @@ class Engine(asyncio.Protocol):
 
 
 class Manager(asyncio.Protocol):
-    """Says the same snapshot to everybody, and after it that it is alive."""
+    """Says the same snapshot and keys to everybody, and after them that it is alive."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._line = msgspec.json.encode(snapshot) + b"\n"
+        self._lines = b"".join(msgspec.json.encode(each) + b"\n" for each in (snapshot, keys()))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._transport.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(self._line))
+        self._transport.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(self._lines))
         self._keep_alive()
 
     def _keep_alive(self) -> None:
