@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
+import psutil
 import pytest
+from websockets.exceptions import InvalidStatus
 
+from modelpool.errors import InternalError, RateLimitExceeded
+from modelpool.gateway import limiter as limiting
+from modelpool.gateway.keys import Caller
+from modelpool.gateway.limiter import Limiter
+from modelpool.gateway.request import Request
+from modelpool.gateway.routes import Route, match
+from modelpool.gateway.shared import joined
 from modelpool.home import Home
 from modelpool.messages.routing import KeyEntry, KeysDelta
 from modelpool.relay import Endpoint
 from tests.contract.test_gateway_control import Manager
 from tests.contract.test_gateway_process import Gateway, started
+from tests.contract.test_gateway_realtime import hear, talking
+from tests.contract.test_gateway_responses import fakes
+from tests.contract.test_gateway_waiting import away, rules, until_waiting
 from tests.gateway_world import ADMIN_KEY, Answer, Client, chat, entry, gateway, key, keys_of, request, snapshot_of
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
@@ -193,6 +210,35 @@ async def test_a_client_that_leaves_gives_its_place_back_and_what_it_reserved_is
 
 
 @on_uvloop
+async def test_what_waits_for_its_model_has_a_place_and_uses_no_tokens() -> None:
+    limited = key("mp-a", tokens_per_minute=1000, max_concurrency=1)
+    async with gateway(away(), keys=[limited], rules=rules(), clock=Clock()) as world:
+        client = await world.connect()
+        client.send(asking(max_tokens=300))
+        await until_waiting(world)
+        assert (await world.ask(asking())).code == "rate_limit_exceeded"
+        client.abort()
+        await until_waiting(world, 0)
+        raw = chat(headers={"Authorization": "Bearer mp-a", "X-ModelPool-Max-Wait": "0"})
+        answer = await world.ask(raw)
+        assert (answer.code, limits(answer, "tokens")[1]) == ("model_not_ready", str(1000 - prompt_of(raw)))
+
+
+@on_uvloop
+async def test_a_websocket_is_a_request_for_as_long_as_it_is_open() -> None:
+    limited = key("mp-a", requests_per_minute=3, max_concurrency=1)
+    async with fakes(1) as endpoints, gateway(entry("m", endpoints), keys=[limited], clock=Clock()) as world:
+        bearer = {"Authorization": "Bearer mp-a"}
+        async with talking(world, "?model=m", additional_headers=bearer) as session:
+            assert (await hear(session))["type"] == "session.created"
+            with pytest.raises(InvalidStatus) as refused:
+                await talking(world, "?model=m", additional_headers=bearer)
+            assert refused.value.response.status_code == 429
+        await world.until_idle()
+        assert limits(await world.ask(asking()), "requests")[1] == "1"
+
+
+@on_uvloop
 async def test_a_request_that_reached_no_engine_uses_no_tokens() -> None:
     async def dying(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_message(reader)
@@ -240,6 +286,141 @@ async def test_the_openai_sdk_knows_what_it_is_told() -> None:
                 with pytest.raises(openai.RateLimitError) as refused:
                     await client.chat.completions.create(model="m", messages=messages)
                 assert (refused.value.code, refused.value.type) == ("rate_limit_exceeded", "requests")
+
+
+HAMMER = """
+import sys
+from pathlib import Path
+from modelpool.core.limits import Limits
+from modelpool.errors import RateLimitExceeded
+from modelpool.gateway.keys import Caller
+from modelpool.gateway.limiter import Limiter
+from modelpool.gateway.request import Request
+from modelpool.gateway.routes import match
+from modelpool.gateway.shared import joined
+from modelpool.messages.routing import KeyEntry
+
+route = match(b"POST", b"/v1/chat/completions")
+request = Request(b"POST", b"/v1/chat/completions", [], http10=False, keep_alive=True)
+request.body = b"{}"
+limits = {sys.argv[2]: int(sys.argv[3])}
+request.caller = Caller(KeyEntry(id="key-a", name="a", digest="00", **limits))
+with joined(Path(sys.argv[1])) as node:
+    limiter = Limiter(node)
+    with limiter.admitted(request, route):
+        pass
+    print("ready", flush=True)
+    sys.stdin.readline()
+    admitted, open_ = 0, []
+    for _ in range(int(sys.argv[4])):
+        grant = limiter.admitted(request, route)
+        try:
+            grant.__enter__()
+        except RateLimitExceeded:
+            continue
+        admitted += 1
+        if sys.argv[2] == "max_concurrency":
+            open_.append(grant)
+            if len(open_) == 3:
+                open_.pop(0).__exit__(None, None, None)
+    print(admitted, len(open_), flush=True)
+    sys.stdin.readline()
+    for grant in open_:
+        grant.__exit__(None, None, None)
+"""
+
+
+def hammered(folder: Path, what: str, limit: int, times: int) -> list[tuple[int, int]]:
+    """Four processes that ask as fast as they can: how many each was admitted, and how many it had open at the end."""
+    command = [sys.executable, "-c", HAMMER, str(folder), what, str(limit), str(times)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) for _ in range(4)
+    ]
+    counts = []
+    try:
+        for step in ("ready", "counts"):
+            for each in running:
+                assert each.stdout is not None
+                line = each.stdout.readline().split()
+                if step == "counts":
+                    counts.append((int(line[0]), int(line[1])))
+            for each in running:
+                assert each.stdin is not None
+                each.stdin.write("\n")
+        assert [each.wait(10) for each in running] == [0, 0, 0, 0]
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+    return counts
+
+
+def test_four_processes_that_ask_as_fast_as_they_can_get_exactly_as_many_requests_as_there_are(tmp_path: Path) -> None:
+    counts = hammered(tmp_path, "requests_per_minute", 5_000, 2_500)
+    assert sum(admitted for admitted, _ in counts) == 5_000 - 4  # one of each at its start
+    assert all(admitted > 0 for admitted, _ in counts)
+
+
+def test_places_taken_and_given_back_by_four_processes_at_once_are_all_there_at_the_end(tmp_path: Path) -> None:
+    counts = hammered(tmp_path, "max_concurrency", 6, 2_500)
+    assert sum(open_ for _, open_ in counts) <= 6
+    with joined(tmp_path) as node:
+        limiter = Limiter(node)
+        with ExitStack() as stack:
+            for _ in range(6):
+                stack.enter_context(limiter.admitted(*limited_request(max_concurrency=6)))
+            with pytest.raises(RateLimitExceeded):
+                stack.enter_context(limiter.admitted(*limited_request(max_concurrency=6)))
+
+
+def limited_request(**limits: Any) -> tuple[Request, Route]:
+    asked = Request(b"POST", b"/v1/chat/completions", [], http10=False, keep_alive=True)
+    asked.body = b"{}"
+    asked.caller = Caller(KeyEntry(id="key-a", name="a", digest="00", **limits))
+    return asked, match(b"POST", b"/v1/chat/completions")
+
+
+def test_a_full_disk_refuses_limited_keys_and_kills_nobody(tmp_path: Path) -> None:
+    """A write to a page that the disk cannot give would be the end of the process."""
+    with joined(tmp_path) as node:
+        limiter = Limiter(node)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+            with pytest.raises(InternalError, match="limits of this key"):
+                with limiter.admitted(*limited_request(tokens_per_minute=10)):
+                    pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        with limiter.admitted(*limited_request(tokens_per_minute=10)):
+            pass
+
+
+def test_a_process_keeps_the_files_of_keys_open_that_run_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiting, "OPEN_MAX", 8)
+    with joined(tmp_path) as node:
+        limiter = Limiter(node)
+
+        def of_key(number: int) -> tuple[Request, Route]:
+            asked, route = limited_request(max_concurrency=1)
+            asked.caller = Caller(KeyEntry(id=f"key-{number}", name="a", digest="00", max_concurrency=1))
+            return asked, route
+
+        descriptors = psutil.Process().num_fds()
+        with limiter.admitted(*of_key(0)):
+            for _ in range(2):
+                for number in range(1, 100):
+                    with limiter.admitted(*of_key(number)):
+                        pass
+            assert psutil.Process().num_fds() <= descriptors + 9
+            with pytest.raises(RateLimitExceeded), limiter.admitted(*of_key(0)):
+                pass
+        with limiter.admitted(*of_key(0)):
+            pass
 
 
 @asynccontextmanager
@@ -294,12 +475,10 @@ async def test_tokens_over_three_processes_are_never_promised_twice(tmp_path: Pa
     async with serving(engine) as endpoint, gateways(tmp_path, 3, endpoint, limited) as running:
         raw = asking(max_tokens=100 - prompt_of(asking(max_tokens=90)))
 
-        async def begin(each: Gateway) -> int:
-            client = await each.connect()
+        clients = [await each.connect() for each in running for _ in range(8)]
+        for client in clients:
             client.send(raw)
-            return int((await client.reader.readuntil(b"\r\n")).split()[1])
-
-        statuses = await asyncio.gather(*(begin(each) for each in running for _ in range(8)))
+        statuses = [int((await client.reader.readuntil(b"\r\n")).split()[1]) for client in clients]
         assert Counter(statuses) == {200: 10, 429: 14}
 
 

@@ -7,6 +7,7 @@ minute. A process that dies gives back what it had running; the tokens that it h
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from modelpool.core.limits import Limit, Limits, Row, Verdict
-from modelpool.errors import RateLimitExceeded, UpstreamTimeout
+from modelpool.errors import InternalError, RateLimitExceeded, UpstreamTimeout
 from modelpool.gateway.keys import Caller
 from modelpool.gateway.meter import NOTHING, Estimate, Meter, estimate
 from modelpool.gateway.request import Request
@@ -24,8 +25,11 @@ from modelpool.gateway.shared import SLOTS, Lock, Node
 
 OPEN_MAX = 512
 """Keys whose files are kept open while nothing of theirs runs: each takes a descriptor."""
+log = logging.getLogger(__name__)
+
 _FREE: AbstractContextManager[None] = nullcontext()
 _LINES = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-reset-%b: %b\r\nx-ratelimit-remaining-%b: "
+_WHILE_IT_RAN = (asyncio.CancelledError, UpstreamTimeout)
 _FIRST_LOCK = 1 << 20
 _LOCKS = 1 << 20
 
@@ -59,11 +63,16 @@ class Limiter:
             self._node.remove(caller.id)
 
     def _mapped(self, id: str, limits: Limits) -> _Key:
+        """Raises InternalError where there is no room for it."""
         if len(self._keys) >= OPEN_MAX:
             self._keys = {id: key for id, key in self._keys.items() if key.running}
         number = int.from_bytes(id.encode()[-8:], "little") % _LOCKS
         lock = self._node.lock(_FIRST_LOCK + 1 + number)
-        cells = memoryview(self._node.map(id, Row.size(limits, SLOTS), whole=True))
+        try:
+            cells = memoryview(self._node.map(id, Row.size(limits, SLOTS), whole=True))
+        except OSError as error:
+            log.error("the limits of %s: %s", id, error)
+            raise InternalError(f"The limits of this key cannot be kept: {error.strerror}.") from error
         with lock:
             row = Row(cells, limits, slots=SLOTS, era=self._era)
             row.enter(self.slot, self.generations[self.slot])
@@ -124,7 +133,7 @@ class _Grant:
         if meter is None:
             key.row.leave(0.0, limiter.slot, 0, 0)  # only this process writes to what that changes
             return
-        used = meter.used(self._estimate, abandoned=isinstance(error, asyncio.CancelledError | UpstreamTimeout))
+        used = meter.used(self._estimate, abandoned=error is not None and isinstance(error, _WHILE_IT_RAN))
         with key.lock:
             key.row.leave(limiter.clock(), limiter.slot, self._estimate.total, used)
 

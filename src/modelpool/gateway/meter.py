@@ -21,7 +21,7 @@ _LOOKED_AT_MAX = 8
 """Objects of that name: a schema that is echoed may be full of them."""
 _EVENT = b"\ndata:"
 _WITHOUT_TOKENS = (b"/tokenize", b"/detokenize", b"/count_tokens", b"/render", b"/derender")
-_USUAL = re.compile(rb'"usage"\s*:\s*\{[^{}]*"total_tokens"\s*:\s*([0-9]{1,12})\s*[,}]')
+_USUAL = re.compile(rb'"usage"\s*:\s*\{[^{}]*?"total_tokens"\s*:\s*([0-9]{1,12})\s*[,}]')
 
 
 class _Sampling(msgspec.Struct):
@@ -119,10 +119,8 @@ class Meter:
         Else what was estimated, of a stream the events that passed instead of the answer's longest length; and nothing
         where there was no good answer, unless the engine was left (`abandoned`) while it worked on one.
         """
-        if not self._asked or (self._status == 0 and not abandoned):
-            return 0
         if self._status == 0:
-            return estimated.total
+            return estimated.total if self._asked and abandoned else 0
         if not 200 <= self._status < 300:
             return 0
         usage = _usage(self._tail, estimated.prompt)

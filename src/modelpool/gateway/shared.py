@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,11 @@ from modelpool.process import StartupError
 
 SLOTS = 64
 """Gateway processes on one node, at most."""
-LOCK_WAIT_S = 0.005
+LOCK_WAIT_S = 0.5
+"""The most that is waited for a lock whose holder seems to run."""
+_PAUSE_S = 0.00002
+_LOOK_S = 0.005
+_FLOCK = "hhqqi4x"
 _LOCKS_AT = 1 << 20
 _EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
@@ -29,7 +34,7 @@ _EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 class Lock:
     """Held in a `with`, for as long as a few writes take; can be used again.
 
-    Gone on without after 5 ms: a process that was stopped while it held the lock must not stop the others.
+    Gone on without if its holder was stopped (by a signal, a debugger), which must not stop the others.
     """
 
     __slots__ = ("_fd", "_held", "_offset")
@@ -53,12 +58,28 @@ class Lock:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._offset)
 
     def _wait(self) -> bool:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while time.monotonic() < deadline:
-            os.sched_yield()
+        """Whether it could be had. A holder that was only put off the processor, or collects garbage, comes back."""
+        begun = looked = time.monotonic()
+        while (now := time.monotonic()) - begun < LOCK_WAIT_S:
+            time.sleep(_PAUSE_S)  # not a spin: the holder may want this very processor
             if _try_lock(self._fd, self._offset):
                 return True
+            if now - looked > _LOOK_S:
+                looked = now
+                if self._holder_is_stopped():
+                    return False
         return False
+
+    def _holder_is_stopped(self) -> bool:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, self._offset, 1, 0)
+        kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(self._fd, fcntl.F_GETLK, asked))
+        if kind == fcntl.F_UNLCK:
+            return False
+        try:
+            status = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return False  # it has just ended, and its lock with it
+        return status.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 class Node:
