@@ -91,6 +91,47 @@ assert wrong == {(path, "WebSocket") for path in WEBSOCKET_PATHS}, wrong
 assert not [path for path in kept if inference_methods(path)]
 assert JSON_PATHS | FORM_PATHS <= {path for path, method in theirs if method == "POST"} | cohere_paths
 
+# What the fake engine answers is what vLLM's own classes take.
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse, ChatCompletionStreamResponse
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.pooling.classify.protocol import ClassificationResponse
+from vllm.entrypoints.pooling.embed.protocol import EmbeddingResponse
+from vllm.entrypoints.pooling.pooling.protocol import PoolingResponse
+from vllm.entrypoints.pooling.scoring.protocol import RerankResponse, ScoreResponse
+from modelpool.engines.fake.engine import FakeEngine
+from modelpool.messages.models import ModelSpec
+from modelpool.testing.asgi import post
+from modelpool.testing.virtual_time import run_virtual
+async def asked(path, body):
+    return await post(path, body).run(await FakeEngine(ModelSpec(alias="m", fake=True)).start())
+chat = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+for path, body, type_ in [
+    ("/v1/chat/completions", chat, ChatCompletionResponse),
+    ("/v1/completions", {"prompt": "hi"}, CompletionResponse),
+    ("/v1/messages", chat, AnthropicMessagesResponse),
+    ("/v1/embeddings", {"input": "hi"}, EmbeddingResponse),
+    ("/classify", {"input": "hi"}, ClassificationResponse),
+    ("/pooling", {"input": "hi"}, PoolingResponse),
+    ("/score", {"text_1": "a", "text_2": "b"}, ScoreResponse),
+    ("/rerank", {"query": "a", "documents": ["b"]}, RerankResponse),
+]:
+    answer = run_virtual(asked(path, body))
+    assert answer.status == 200, (path, answer.body)
+    type_.model_validate(answer.json)
+for path, type_ in [("/v1/chat/completions", ChatCompletionStreamResponse), ("/v1/messages", AnthropicStreamEvent)]:
+    for event in run_virtual(asked(path, {**chat, "stream": True})).events:
+        assert event == "[DONE]" or type_.model_validate(event)
+from vllm.entrypoints.speech_to_text.realtime import protocol as realtime
+from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+taken = inspect.getsource(RealtimeConnection)
+for name in ("session.update", "input_audio_buffer.append", "input_audio_buffer.commit"):
+    assert f'"{name}"' in taken
+sent = (realtime.SessionCreated(), realtime.TranscriptionDelta(delta=""), realtime.TranscriptionDone(text=""))
+assert [each.type for each in sent] == ["session.created", "transcription.delta", "transcription.done"]
+assert set(realtime.ErrorEvent.model_fields) == {"type", "error", "code"}
+assert 'event.get("model")' in taken  # at its top, where the gateway looks for it
+
 # What the preload leaves behind is safe to fork.
 assert len(os.listdir("/proc/self/task")) == 1
 print("all there")

@@ -171,6 +171,51 @@ def test_a_response_is_made_in_the_background_until_it_is_cancelled() -> None:
     run_virtual(main())
 
 
+def test_messages_are_anthropics_whole_and_streamed() -> None:
+    body = {"model": "echo", "max_tokens": 50, "system": "Be brief.", "messages": [{"role": "user", "content": "a b"}]}
+    whole = call(engine(), post("/v1/messages", body)).json
+    assert whole["content"] == [{"type": "text", "text": "You said: a b"}]
+    assert (whole["stop_reason"], whole["usage"]["output_tokens"]) == ("end_turn", 4)
+    events = call(engine(), post("/v1/messages", {**body, "stream": True})).events
+    types = [event["type"] for event in events]
+    assert types[:2] == ["message_start", "content_block_start"]
+    assert types[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta") == (
+        "You said: a b"
+    )
+    cut = call(engine(), post("/v1/messages", {**body, "max_tokens": 2})).json
+    assert cut["stop_reason"] == "max_tokens"
+    stopped = call(engine(), post("/v1/messages", {**body, "stop_sequences": ["a"]})).json
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "a")
+    counted = call(engine(), post("/v1/messages/count_tokens", body)).json["input_tokens"]
+    assert 0 < counted < whole["usage"]["input_tokens"]
+    refused = call(engine(), post("/v1/messages", {**body, "model": "other"}))
+    assert (refused.status, refused.json["type"], refused.json["error"]["type"]) == (404, "error", "not_found_error")
+
+
+def test_documents_are_scored_and_ranked_by_the_words_they_share() -> None:
+    query, documents = "red cars", ["blue cars", "red cars", "green trees"]
+    for names in (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"), ("queries", "items")):
+        body = dict(zip(names, (query, documents), strict=True))
+        for path in ("/score", "/v1/score"):
+            scores = [each["score"] for each in call(engine(), post(path, body)).json["data"]]
+            assert scores == [pytest.approx(1 / 3), 1, 0]
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        ranked = call(engine(), post(path, {"query": query, "documents": documents, "top_n": 2})).json["results"]
+        assert [(each["index"], each["document"]["text"]) for each in ranked] == [(1, "red cars"), (0, "blue cars")]
+    assert call(engine(), post("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]})).status == 400
+    assert call(engine(), post("/score", {"text_1": "a"})).status == 400
+
+
+def test_classes_and_vectors_depend_on_the_text_alone() -> None:
+    classes = [call(engine(), post("/classify", {"input": ["a", "a", "b"]})).json["data"] for _ in range(2)]
+    assert classes[0] == classes[1]
+    assert classes[0][0]["probs"] == classes[0][1]["probs"] != classes[0][2]["probs"]
+    assert sum(classes[0][0]["probs"]) == pytest.approx(1)
+    [pooled] = call(engine(), post("/pooling", {"input": "one two three"})).json["data"]
+    assert len(pooled["data"]) == 3
+
+
 def test_embeddings_depend_on_the_text_alone() -> None:
     def vector(text: Any, **fields: Any) -> Any:
         return call(engine(), post("/v1/embeddings", {"input": text, **fields})).json["data"]

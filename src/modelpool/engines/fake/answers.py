@@ -136,6 +136,49 @@ class Completion(_Answer):
         yield from self._usage_events("text_completion", usage)
 
 
+class Message(_Answer):
+    """/v1/messages"""
+
+    def body(self) -> dict[str, Any]:
+        choice = self.choices[0]
+        return self._message([{"type": "text", "text": choice.text}], *self._stop(), len(choice.tokens))
+
+    def events(self, step: int) -> Iterator[Event]:
+        if step == 0:
+            yield self._event("message_start", message=self._message([], None, None, 0))
+            yield self._event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        delta = {"type": "text_delta", "text": self.choices[0].tokens[step]}
+        yield self._event("content_block_delta", index=0, delta=delta)
+
+    def last_events(self, usage: bool) -> Iterator[Event]:
+        reason, sequence = self._stop()
+        used = {"input_tokens": self._prompt_tokens, "output_tokens": len(self.choices[0].tokens)}
+        yield self._event("content_block_stop", index=0)
+        yield self._event("message_delta", delta={"stop_reason": reason, "stop_sequence": sequence}, usage=used)
+        yield self._event("message_stop")
+
+    def _event(self, type_: str, **fields: Any) -> Event:
+        return type_, {"type": type_, **fields}
+
+    def _stop(self) -> tuple[str, str | None]:
+        choice = self.choices[0]
+        if choice.stop_reason is not None:
+            return "stop_sequence", choice.stop_reason
+        return ("max_tokens" if choice.finish_reason == "length" else "end_turn"), None
+
+    def _message(self, content: list[Any], reason: str | None, sequence: str | None, made: int) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "content": content,
+            "model": self._model,
+            "stop_reason": reason,
+            "stop_sequence": sequence,
+            "usage": {"input_tokens": self._prompt_tokens, "output_tokens": made},
+        }
+
+
 class Response(_Answer):
     """/v1/responses"""
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
-import struct
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelpool.engines.engine import Receive, Scope, Send
-from modelpool.engines.fake import answers
+from modelpool.engines.fake import answers, pooling
 from modelpool.engines.fake.behaviour import Behaviour, InvalidHeader, behaviour
 from modelpool.engines.fake.exchange import (
     ClientLeft,
@@ -30,9 +27,14 @@ from modelpool.engines.fake.requests import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
+    CountTokensRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    InputRequest,
+    MessagesRequest,
+    RerankRequest,
     ResponsesRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
 from modelpool.engines.fake.stored import Stored
@@ -43,10 +45,10 @@ if TYPE_CHECKING:
     from modelpool.engines.fake.engine import FakeEngine
 
 Handler = Callable[[Exchange], Awaitable[None]]
+P = TypeVar("P", EmbeddingRequest, InputRequest, ScoreRequest, RerankRequest)
 
 # vLLM's default for plain completions.
 _COMPLETION_TOKENS = 16
-_DIMENSIONS = 16
 _STORED_RESPONSE = re.compile(r"^/v1/responses/[^/]+(/cancel)?$")
 # As if all sound were PCM of 16 bits and 16 kHz.
 _SOUND_BYTES_PER_S = 32_000
@@ -69,12 +71,20 @@ class FakeApp:
             "/v1/responses": {"POST": self._response},
             "/v1/responses/{id}": {"GET": self._retrieve},
             "/v1/responses/{id}/cancel": {"POST": self._cancel},
-            "/v1/embeddings": {"POST": self._embeddings},
+            "/v1/messages": {"POST": self._message},
+            "/v1/messages/count_tokens": {"POST": self._count_tokens},
+            "/v1/embeddings": {"POST": self._pooling(EmbeddingRequest, pooling.embeddings)},
+            "/pooling": {"POST": self._pooling(InputRequest, pooling.pooled)},
+            "/classify": {"POST": self._pooling(InputRequest, pooling.classified)},
             "/v1/audio/transcriptions": {"POST": partial(self._audio, "transcription")},
             "/v1/audio/translations": {"POST": partial(self._audio, "translation")},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
         }
+        for path in ("/score", "/v1/score"):
+            self._routes[path] = {"POST": self._pooling(ScoreRequest, pooling.scored)}
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+            self._routes[path] = {"POST": self._pooling(RerankRequest, pooling.reranked)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -164,7 +174,7 @@ class FakeApp:
         request = exchange.decoded(CompletionRequest)
         self._check_model(request.model)
         how = self._behaviour(exchange)
-        prompts = _prompts(request.prompt, "prompt")
+        prompts = pooling.prompts(request.prompt, "prompt")
         made, prompt_tokens = [], 0
         for prompt in prompts:
             prompt_tokens += (count := len(tokens(prompt)))
@@ -269,39 +279,40 @@ class FakeApp:
         said = self._model.fake_response or f"You sent {size} bytes of sound."
         return generation(said, max_tokens=self._budget(0, None), exactly=how.tokens)
 
-    async def _embeddings(self, exchange: Exchange) -> None:
-        request = exchange.decoded(EmbeddingRequest)
+    async def _message(self, exchange: Exchange) -> None:
+        request = exchange.decoded(MessagesRequest)
         self._check_model(request.model)
-        if request.encoding_format not in ("float", "base64"):
-            raise bad_request("`encoding_format` must be float or base64.", "encoding_format")
-        inputs = _prompts(request.input, "input")
-        async with aclosing(self._engine.generate(1, self._behaviour(exchange))) as steps:
-            async for _ in steps:
-                pass
-        vectors = [_embedding(text, request.dimensions or _DIMENSIONS) for text in inputs]
-        used = sum(len(tokens(text)) for text in inputs)
-        await exchange.json(
-            {
-                "id": f"embd-{uuid.uuid4().hex}",
-                "object": "list",
-                "created": int(time.time()),
-                "model": self._model.alias,
-                "data": [
-                    {
-                        "index": index,
-                        "object": "embedding",
-                        "embedding": _base64(vector) if request.encoding_format == "base64" else vector,
-                    }
-                    for index, vector in enumerate(vectors)
-                ],
-                "usage": {
-                    "prompt_tokens": used,
-                    "total_tokens": used,
-                    "completion_tokens": 0,
-                    "prompt_tokens_details": None,
-                },
-            }
+        if not request.messages:
+            raise bad_request("`messages` must not be empty.", "messages")
+        how = self._behaviour(exchange)
+        prompt_tokens = _chat_tokens(request.all_messages)
+        made = generation(
+            self._said(request.messages[-1].text),
+            max_tokens=self._budget(prompt_tokens, request.max_tokens),
+            exactly=how.tokens,
+            stop=request.stop_sequences or (),
         )
+        answer = answers.Message(f"chatcmpl-{uuid.uuid4().hex}", self._model.alias, [made], prompt_tokens)
+        await self._answer(exchange, answer, how, bool(request.stream), usage=True)
+
+    async def _count_tokens(self, exchange: Exchange) -> None:
+        request = exchange.decoded(CountTokensRequest)
+        self._check_model(request.model)
+        await exchange.json({"input_tokens": _chat_tokens(request.messages)})
+
+    def _pooling(self, type_: type[P], answer: Callable[[str, P], dict[str, Any]]) -> Handler:
+        """A route of which all takes one step."""
+
+        async def handle(exchange: Exchange) -> None:
+            request = exchange.decoded(type_)
+            self._check_model(request.model)
+            body = answer(self._model.alias, request)
+            async with aclosing(self._engine.generate(1, self._behaviour(exchange))) as steps:
+                async for _ in steps:
+                    pass
+            await exchange.json(body)
+
+        return handle
 
     async def _tokenize(self, exchange: Exchange) -> None:
         request = exchange.decoded(TokenizeRequest)
@@ -357,31 +368,6 @@ def _chat_text(messages: list[ChatMessage]) -> str:
 
 def _chat_tokens(messages: list[ChatMessage]) -> int:
     return len(tokens(_chat_text(messages)))
-
-
-def _prompts(prompt: str | list[Any], param: str) -> list[str]:
-    """A prompt in any of its four shapes, as texts: text, texts, token ids, lists of token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if prompt and all(isinstance(item, str) for item in prompt):
-        return prompt
-    if prompt and all(isinstance(item, int) for item in prompt):
-        return [detokenized(prompt)]
-    if prompt and all(isinstance(item, list) and all(isinstance(number, int) for number in item) for item in prompt):
-        return [detokenized(item) for item in prompt]
-    raise bad_request(f"`{param}` must be a text, texts, token ids, or lists of token ids.", param)
-
-
-def _embedding(text: str, dimensions: int) -> list[float]:
-    """A unit vector that depends on the text alone."""
-    stream = hashlib.shake_256(text.encode()).digest(4 * dimensions)
-    raw = [number / 2**31 - 1 for (number,) in struct.iter_unpack("<I", stream)]
-    norm = sum(value * value for value in raw) ** 0.5 or 1.0
-    return [value / norm for value in raw]
-
-
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

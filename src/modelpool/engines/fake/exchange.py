@@ -65,7 +65,11 @@ class Exchange:
         await self._answer(status, b"application/json", msgspec.json.encode(value))
 
     async def refuse(self, refused: Refused) -> None:
-        await self.json(refused.body, refused.status)
+        body: dict[str, Any] = refused.body
+        if self.scope["path"].startswith("/v1/messages"):
+            kind = "not_found_error" if refused.status == 404 else "invalid_request_error"
+            body = {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+        await self.json(body, refused.status)
 
     async def text(self, value: str, content_type: bytes = b"text/plain; charset=utf-8") -> None:
         await self._answer(200, content_type, value.encode())

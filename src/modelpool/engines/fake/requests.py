@@ -59,6 +59,52 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
     encoding_format: str = "float"
 
 
+class InputRequest(msgspec.Struct, frozen=True, kw_only=True):
+    input: Prompt
+    model: str | None = None
+
+
+class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The texts have three pairs of names."""
+
+    model: str | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
+
+
+class RerankRequest(msgspec.Struct, frozen=True, kw_only=True):
+    query: str
+    documents: str | list[str]
+    model: str | None = None
+    top_n: Annotated[int, Meta(ge=0)] = 0
+
+
+class MessagesRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Anthropic's."""
+
+    model: str
+    messages: list[ChatMessage]
+    max_tokens: Annotated[int, Meta(ge=1)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = False
+    system: str | list[dict[str, Any]] | None = None
+
+    @property
+    def all_messages(self) -> list[ChatMessage]:
+        head = [ChatMessage(role="system", content=self.system)] if self.system else []
+        return [*head, *self.messages]
+
+
+class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    messages: list[ChatMessage]
+
+
 class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     input: str | list[dict[str, Any]]
     model: str | None = None
