@@ -80,7 +80,9 @@ class KeyRegister:
             return _view(key)
 
     def views(self) -> list[KeyView]:
-        return [_view(key) for key in self._keys.values()]
+        """Oldest first; those of one second by name."""
+        keys = sorted(self._keys.values(), key=lambda key: (key.created, key.spec.name, key.id))
+        return [_view(key) for key in keys]
 
     def update(self) -> Keys:
         """What a gateway that begins to follow is told."""

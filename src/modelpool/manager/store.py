@@ -127,9 +127,9 @@ class Store:
             await connection.execute(sa.delete(_models).where(_models.c.alias == alias))
 
     async def keys(self) -> list[StoredKey]:
-        """All keys that were ever made, in the order of their making."""
+        """All keys that were ever made."""
         async with _transaction(self._engine) as connection:
-            rows = await connection.execute(sa.select(_keys).order_by(_keys.c.created, _keys.c.id))
+            rows = await connection.execute(sa.select(_keys))
             stored = [_stored_key(row) for row in rows]
             return [each for each in stored if each is not None]
 
