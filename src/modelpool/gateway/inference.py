@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _NOT_BEGUN = frozenset({Draining.code, InstanceNotFound.code, "instance_not_ready"})
 _MAY_SAY_SO = frozenset({InstanceNotFound.status, Draining.status})
 
+# Looked up at each request: through the enumeration that takes 0.1 µs.
+_FORM, _RESPONSES = Kind.FORM, Kind.RESPONSES
+
 
 class _Error(msgspec.Struct, frozen=True):
     code: str | int | None = None
@@ -56,7 +59,7 @@ class Inference:
 
     async def serve(self, request: Request, route: Route, client: ClientConnection) -> None:
         """Raises PoolError before the first byte of an answer."""
-        alias = _model_of_form(request) if route.kind is Kind.FORM else model_of(request.body)
+        alias = _model_of_form(request) if route.kind is _FORM else model_of(request.body)
         if request.caller is not None:
             request.caller.check(alias)
         request.journey.asked(alias)
@@ -148,7 +151,7 @@ class Inference:
         fresh: bool,
     ) -> int:
         """The answer's status; 0 if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
-        if route.kind is Kind.RESPONSES:
+        if route.kind is _RESPONSES:
             sink: PassThrough = LearningPassThrough(
                 request, client, hold=_MAY_SAY_SO, route=instance.route, stored=self._stored
             )
