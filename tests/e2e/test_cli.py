@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import stat
 import subprocess
@@ -130,8 +131,10 @@ def test_a_conversation_in_a_terminal_goes_on_after_an_error(fake_pool: PoolProc
 
 def until(terminal: int, text: str) -> None:
     """Read from a terminal until it has shown this."""
-    shown = ""
+    shown, deadline = "", time.monotonic() + 30
     while text not in shown:
+        readable, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert readable, f"not within 30 s: {text!r} in {shown!r}"
         shown += os.read(terminal, 4096).decode(errors="replace")
 
 

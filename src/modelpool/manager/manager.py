@@ -229,6 +229,8 @@ class Manager:
             await self._store.remove_model(alias)
             del self._specs[alias]
             self._apply(core.ModelRemoved(alias))
+            self._act_now()
+            await self._told_gateways()  # no request that comes after the answer is served any more
             log.info("removed %s", alias)
 
     async def model(self, alias: str) -> ModelView:
