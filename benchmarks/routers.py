@@ -157,6 +157,7 @@ def upstreams(folder: Path, *, ports: int = 8, control: Path | None = None) -> I
 def gateways(home: Path, count: int = 1) -> Iterator[Running]:
     """Gateway processes as they run in a pool: keys on, routing by the snapshot of the manager in `home`."""
     with ExitStack() as stack:
+        stack.callback(Home(home).drop_shared_memory)
         socks = listen_shared("127.0.0.1", 0, count, flag="--port", variable="SERVE_PORT")
         processes = []
         for number, sock in enumerate(socks):

@@ -8,6 +8,8 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from modelpool.process import StartupError
 
 # sun_path is 108 bytes with its final NUL.
 _SOCKET_PATH_MAX = 107
+_MEMORY = Path("/dev/shm")
+_MEMORY_FREE_MIN = 256 << 20
 
 
 class AlreadyRunning(Exception):
@@ -73,12 +77,36 @@ class Home:
         path = self.run / "control.sock"
         if len(os.fsencode(path)) <= _SOCKET_PATH_MAX:
             return path
-        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"modelpool-{os.getuid()}-{digest}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(errno.EACCES, "belongs to another user", str(folder))
-        return folder / "control.sock"
+        return _private(Path(tempfile.gettempdir()) / self._own_name) / "control.sock"
+
+    def shared_memory(self) -> Path:
+        """The folder of the files that the gateway processes of this machine map; made at the first call.
+
+        It is a link into the system's memory, where there is room. In a file on a disk, a page cannot be written to
+        while the disk takes it, which stopped a gateway for 30 ms when something else wrote much.
+        """
+        folder = self.run / "gateway"
+        if not os.path.lexists(folder):
+            with contextlib.suppress(FileExistsError):  # another process was first, and whatever it chose is right
+                if _free_bytes(_MEMORY) >= _MEMORY_FREE_MIN:
+                    folder.symlink_to(_MEMORY / self._own_name)
+                else:
+                    folder.mkdir(mode=0o700)
+        if folder.is_symlink():
+            _private(folder.readlink())
+        return folder
+
+    def drop_shared_memory(self) -> None:
+        """Give back what it takes of the system's memory. Only after the last gateway has ended."""
+        folder = self.run / "gateway"
+        if folder.is_symlink():
+            shutil.rmtree(folder.readlink(), ignore_errors=True)
+            folder.unlink(missing_ok=True)
+
+    @property
+    def _own_name(self) -> str:
+        """A name for a folder of this home in a place that all users share."""
+        return f"modelpool-{os.getuid()}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}"
 
     def instance_log(self, worker_id: str, instance: str) -> Path:
         """The log of one instance. Names are quoted, so that an alias such as `org/model` is one file."""
@@ -132,3 +160,19 @@ def _unusable(path: Path, error: OSError) -> StartupError:
         f"The home {path} cannot be used: {error.strerror}: {error.filename}.",
         "Set MODELPOOL_HOME to a folder that this user may write to.",
     )
+
+
+def _private(folder: Path) -> Path:
+    """A folder in a place that all users share, which must be ours. Raises PermissionError."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(errno.EACCES, "belongs to another user", str(folder))
+    return folder
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
+    except OSError:
+        return 0

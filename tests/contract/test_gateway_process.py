@@ -43,6 +43,8 @@ class Gateway:
 
 @asynccontextmanager
 async def started(home: Path, **environ: str) -> AsyncIterator[Gateway]:
+    # In place of the system's memory, where it would stay: nobody knows here which gateway of a home is the last.
+    (home / "run" / "gateway").mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
     process = await asyncio.create_subprocess_exec(
         sys.executable,

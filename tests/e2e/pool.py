@@ -18,6 +18,8 @@ import httpx
 import psutil
 from openai import OpenAI
 
+from modelpool.home import Home
+
 Json = dict[str, Any]
 
 
@@ -135,6 +137,7 @@ def running_pool(home: Path, *flags: str, **environ: str) -> Iterator[PoolProces
         left = processes_of(run_id)
         for each in left:
             each.kill()
+        Home(home).drop_shared_memory()  # an `up` that a test killed could not
     assert left == [], [(_title(each), each.pid) for each in left]
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from modelpool import home as home_module
 from modelpool.home import AlreadyRunning, Home, open_private
 from modelpool.process import StartupError
 
@@ -19,6 +22,48 @@ def test_secrets_are_made_once_and_readable_by_their_owner_only(tmp_path: Path) 
     assert stat.S_IMODE((home.path / "admin-key").stat().st_mode) == 0o600
     assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
     assert sorted(path.name for path in home.path.iterdir()) == ["admin-key", "cluster-token", "logs", "run"]
+
+
+def test_gateways_share_memory_of_the_system_where_it_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(home_module, "_MEMORY", memory)
+    monkeypatch.setattr(home_module, "_MEMORY_FREE_MIN", 0)
+    home = Home(tmp_path / "home")
+    folder = home.shared_memory()
+    assert folder == Home(tmp_path / "home").shared_memory()
+    (folder / "file").write_text("x")
+    (there,) = memory.iterdir()
+    assert (there / "file").read_text() == "x"
+    assert stat.S_IMODE(there.stat().st_mode) == 0o700
+    shutil.rmtree(there)  # as a restart of the machine does
+    assert home.shared_memory().is_dir()
+    home.drop_shared_memory()
+    assert list(memory.iterdir()) == []
+    assert not os.path.lexists(folder)
+
+
+def test_gateways_share_files_of_the_home_where_the_system_has_no_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(home_module, "_MEMORY", tmp_path / "nowhere")
+    home = Home(tmp_path / "home")
+    (home.shared_memory() / "file").write_text("x")
+    home.drop_shared_memory()
+    assert (home.shared_memory() / "file").read_text() == "x"
+
+
+def test_what_is_no_folder_of_ours_in_the_systems_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(home_module, "_MEMORY", tmp_path)
+    monkeypatch.setattr(home_module, "_MEMORY_FREE_MIN", 0)
+    home = Home(tmp_path / "home")
+    there = home.shared_memory().readlink()
+    there.rmdir()
+    there.symlink_to(home.logs)
+    with pytest.raises(PermissionError):
+        home.shared_memory()
 
 
 def test_a_lock_is_held_by_one_and_free_again_afterwards(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ class EmbeddedPool:
 
     def __init__(self, settings: Settings, home: Home, notice: Notice) -> None:
         self.run_id = settings.run_id
+        self._home = home
         control_url = f"unix:{home.control_socket}"
         environ = {
             **os.environ,
@@ -187,6 +188,7 @@ class EmbeddedPool:
         """End all parts: first who takes requests, last who knows."""
         await asyncio.gather(*(gateway.end() for gateway in self.gateways), self.worker.end())
         await self.manager.end()
+        self._home.drop_shared_memory()
         for sock in self._sockets:
             sock.close()
 

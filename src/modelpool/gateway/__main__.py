@@ -89,7 +89,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
     )
     ending = ending_signal()
     async with AsyncExitStack() as stack:
-        node = stack.enter_context(joined(home.run / "gateway"))
+        node = stack.enter_context(joined(home.shared_memory()))
         upstreams = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
         controls = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
         control = controls.pool(Endpoint.unix(home.control_socket))
