@@ -207,6 +207,16 @@ async def test_an_upgrade_is_ignored_and_its_body_read() -> None:
 
 
 @on_uvloop
+async def test_an_upgrade_in_http_1_0_is_answered_and_closed() -> None:
+    async with serving(echo) as endpoint, gateway(entry("m", [endpoint])) as world:
+        client = await world.connect()
+        h2c = {"Connection": "Upgrade", "Upgrade": "h2c"}
+        client.send(request("POST", "/v1/completions", BODY, h2c, version="1.0") + HEALTH)
+        assert (await client.answer()).body == BODY
+        assert await client.at_end()
+
+
+@on_uvloop
 async def test_an_absolute_target_is_its_path_and_its_host() -> None:
     async with gateway() as world:
         assert (await world.ask(request("GET", "http://localhost:1/health"))).status == 200

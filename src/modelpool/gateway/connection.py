@@ -442,7 +442,8 @@ class ClientConnection(asyncio.Protocol):
                 if self._queue and isinstance(last := self._queue[-1], Request) and last.upgrade:
                     self._unread = bytes(rest)
                     return
-                head = b"%b %b HTTP/1.1\r\n" % (self._parser.get_method(), self._target)
+                version = self._parser.get_http_version().encode()
+                head = b"%b %b HTTP/%b\r\n" % (self._parser.get_method(), self._target, version)
                 head += b"".join(b"%b: %b\r\n" % each for each in self._headers if each[0] != b"upgrade")
                 self._parser = httptools.HttpRequestParser(self)
                 self._parser.feed_data(head + b"\r\n")
