@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from modelpool.messages.engine import HostStatus, Loaded, LoadFailed
+from modelpool.messages.engine import HostStatus, Loaded, LoadFailed, SleepRefused, Slept, Woken
 from modelpool.messages.models import ModelSpec
 from modelpool.testing.engine_driver import TOKEN, ForkserverDriver, HostDriver, processes_of_run
 
@@ -132,6 +132,60 @@ class EngineContract:
         answer = self.post(host, chat())
         assert answer.status_code == 200
         assert host.probe().requests_total == 2
+
+    # ------------------------------------------------------------ sleep
+
+    def says(self, host: HostDriver) -> str:
+        text: str = self.post(host, chat(max_tokens=12, temperature=0)).json()["choices"][0]["message"]["content"]
+        return text
+
+    @pytest.mark.parametrize("levels", [(1,), (2,), (1, 2)], ids=str)
+    def test_it_sleeps_refuses_and_says_the_same_after_waking(self, host: HostDriver, levels: tuple[int, ...]) -> None:
+        before = self.says(host)
+        for _ in range(2):
+            for level in levels:
+                answer = host.sleep(level)
+                assert isinstance(answer, Slept), answer
+                assert answer.level == level
+            began = time.monotonic()
+            refused = self.post(host, chat())
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "instance_draining")
+            assert time.monotonic() - began < 1
+            assert host.probe().draining
+            woken = host.wake()
+            assert isinstance(woken, Woken), woken
+            assert (woken.level, woken.canary_s <= woken.seconds) == (levels[-1], True)
+            assert not host.probe().draining
+            assert self.says(host) == before
+
+    def test_requests_end_before_it_sleeps(self, host: HostDriver) -> None:
+        answers: list[httpx.Response] = []
+        body = chat(max_tokens=self.second_tokens, ignore_eos=True)
+        asking = threading.Thread(target=lambda: answers.append(self.post(host, body, **{"X-Fake-Token-Ms": "3"})))
+        asking.start()
+        host.probe_until(lambda status: status.running == 1)
+        assert isinstance(host.sleep(1, drain_s=60, timeout_s=60), Slept)
+        asking.join(5)
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [self.second_tokens]
+
+    def test_it_stays_awake_where_requests_do_not_end(self, host: HostDriver) -> None:
+        connection = self.start_long(host, stream=True)
+        answer = host.sleep(1, drain_s=0.2)
+        assert answer == SleepRefused("1 requests were in flight after 0.2 s")
+        assert self.post(host, chat()).status_code == 200
+        connection.close()
+        host.probe_until(_is_idle)
+        assert isinstance(host.sleep(1), Slept)
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_a_sleeper_can_be_ended(self, forkserver: ForkserverDriver, host: HostDriver, level: int) -> None:
+        assert isinstance(host.sleep(level), Slept)
+        host.shutdown(drain_s=60)
+        assert forkserver.wait_exited(host.pid, 20).status == 0
+
+    def test_a_level_that_there_is_not_is_refused(self, host: HostDriver) -> None:
+        assert isinstance(host.sleep(3), SleepRefused)
+        assert self.post(host, chat()).status_code == 200
 
     # ------------------------------------------------------------ the end
 

@@ -17,10 +17,11 @@ import httpx
 import psutil
 import pytest
 
-from modelpool.messages.engine import Imported, Loaded, LoadFailed
+from modelpool import demo
+from modelpool.messages.engine import Imported, Loaded, LoadFailed, SleepRefused, Slept, WakeFailed, Woken
 from modelpool.messages.models import EngineKind, ModelSpec
 from modelpool.testing.engine_driver import ForkserverDriver, HostDriver, processes_of_run
-from modelpool.testing.tiny_models import make_embedding_model, make_text_model
+from modelpool.testing.tiny_models import make_embedding_model, make_lora_adapter, make_text_model
 from tests.engine_contract import AUTHORIZED, CHAT, EngineContract, chat
 
 SMALL: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
@@ -168,6 +169,85 @@ def test_threads_are_bound_when_a_user_says_so(forkserver: ForkserverDriver, mod
 def test_a_key_of_vllms_own_does_not_lock_the_gateway_out(forkserver: ForkserverDriver, models: Path) -> None:
     host = started(forkserver, spec(models / "text"), env={"VLLM_API_KEY": "another"})
     assert httpx.get(host.url + "/v1/models", headers=AUTHORIZED).status_code == 200
+    ended(forkserver, host)
+
+
+# ---------------------------------------------------------------- sleep
+
+
+def test_an_embedding_model_sleeps_and_embeds_the_same(forkserver: ForkserverDriver, models: Path) -> None:
+    host = started(forkserver, spec(models / "embedding"))
+
+    def vector() -> list[float]:
+        body = {"model": "tiny", "input": "hello"}
+        answer = httpx.post(host.url + "/v1/embeddings", json=body, headers=AUTHORIZED)
+        found: list[float] = answer.json()["data"][0]["embedding"]
+        return found
+
+    before = vector()
+    for level in (1, 2):
+        assert isinstance(host.sleep(level), Slept)
+        assert isinstance(host.wake(), Woken)
+        assert vector() == before
+    ended(forkserver, host)
+
+
+def test_adapters_are_there_again_after_every_level(forkserver: ForkserverDriver, models: Path, tmp_path: Path) -> None:
+    adapter = make_lora_adapter(tmp_path / "adapter", base=models / "text")
+    host = started(
+        forkserver, spec(models / "text", engine_args={"enable_lora": True, "lora_modules": [f"ad={adapter}"]})
+    )
+
+    def says(model: str) -> str:
+        body = {"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(host.url + "/v1/completions", json=body, headers=AUTHORIZED)
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    before = [says("tiny"), says("ad")]
+    assert before[0] != before[1]
+    for level in (1, 2, 2):
+        assert isinstance(host.sleep(level), Slept)
+        assert isinstance(host.wake(), Woken)
+        assert [says("tiny"), says("ad")] == before
+    ended(forkserver, host)
+
+
+@pytest.mark.parametrize("model", ["demo", "text", "embedding"])
+@pytest.mark.parametrize("damage", ["ZeroedLayer", "SwappedLayers", "SkippedReload"])
+def test_a_wake_that_vllm_takes_for_good_is_found_out(
+    forkserver: ForkserverDriver, models: Path, model: str, damage: str
+) -> None:
+    path = demo.model_path() if model == "demo" else models / model
+    extension = {"worker_extension_cls": f"modelpool.testing.broken_wakes.{damage}"}
+    host = started(forkserver, spec(path, engine_args=extension))
+    assert isinstance(host.sleep(1), Slept)
+    assert isinstance(host.wake(), Woken), "level 1 reloads nothing"
+    assert isinstance(host.sleep(2), Slept)
+    answer = host.wake()
+    assert isinstance(answer, WakeFailed)
+    print(f"\n{model}, {damage}: {answer.reason}")
+    assert answer.reason.startswith("wrong after waking from level 2: the model is not what it was")
+    assert forkserver.wait_exited(host.pid, 20).status == 1
+
+
+def test_an_extension_of_a_users_own_takes_the_levels_away_and_nothing_else(
+    forkserver: ForkserverDriver, models: Path
+) -> None:
+    host = started(forkserver, spec(models / "text", engine_args={"worker_extension_cls": "argparse.Action"}))
+    assert host.loaded is not None
+    assert host.loaded.sleep_levels == ()
+    assert isinstance(host.sleep(1), SleepRefused)
+    assert httpx.post(host.url + CHAT, json=chat(), headers=AUTHORIZED, timeout=30).status_code == 200
+    ended(forkserver, host)
+
+
+def test_a_start_says_where_its_time_went(forkserver: ForkserverDriver, models: Path) -> None:
+    host = started(forkserver, spec(models / "text"))
+    assert host.loaded is not None
+    names = [phase.name for phase in host.loaded.phases]
+    assert names == ["configuration", "processes", "weights", "kv_cache", "warm_up", "app"]
+    assert all(phase.seconds > 0 for phase in host.loaded.phases)
     ended(forkserver, host)
 
 

@@ -17,10 +17,11 @@ from modelpool.cli.chat import Chat, converse
 from modelpool.cli.client import Trouble, report, sentence
 from modelpool.cli.command import command, program
 from modelpool.cli.listing import natural
-from modelpool.cli.tables import devices_text, instances_table, models_table, progress_text
+from modelpool.cli.tables import devices_text, instances_table, models_table, phases_table, progress_text
 from modelpool.cli.waiting import News, has_failed, is_ready
 from modelpool.core.lifecycle import InstanceState
 from modelpool.messages.admin import InstanceView, ModelView
+from modelpool.messages.engine import StartPhase
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.workers import Device, Progress
 from modelpool.process import StartupError
@@ -37,7 +38,9 @@ def test_the_version_is_printed(runner: CliRunner) -> None:
     assert runner.invoke(app, ["--version"]).stdout.strip() == __version__
 
 
-@pytest.mark.parametrize("command", [["ls"], ["status"], ["rm", "m"], ["logs", "m"], ["chat", "m", "hi"]])
+@pytest.mark.parametrize(
+    "command", [["ls"], ["status"], ["rm", "m"], ["logs", "m"], ["explain-start", "m"], ["chat", "m", "hi"]]
+)
 def test_every_command_says_how_to_start_a_pool_when_there_is_none(runner: CliRunner, command: list[str]) -> None:
     done = runner.invoke(app, command)
     assert done.exit_code == 1
@@ -264,3 +267,30 @@ def test_an_address_of_another_machine_is_refused_with_the_names_to_set(host: st
 
 def test_a_phase_without_sizes_is_its_name() -> None:
     assert progress_text(Progress(phase="load")) == "load"
+
+
+def test_the_phases_of_a_start_are_shown_with_their_share_of_all() -> None:
+    phases = (StartPhase("fork", 0.5), StartPhase("weights", 1.5))
+    view = InstanceView(instance="m", worker_id="w", state=InstanceState.ACTIVE, sleep_level_value=0, phases=phases)
+    lines = [str(line).split() for line in phases_table(view).lines()]
+    assert lines == [
+        ["PHASE", "SECONDS", "SHARE"],
+        ["fork", "0.500", "25%"],
+        ["weights", "1.500", "75%"],
+        ["all", "2.000"],
+    ]
+
+
+def test_a_sleeper_is_shown_with_the_memory_that_it_still_holds() -> None:
+    view = InstanceView(
+        instance="m", worker_id="w", state=InstanceState.SLEEP_2, sleep_level_value=2, pss_bytes=623_400_000
+    )
+    model = ModelView(
+        alias="m",
+        state=InstanceState.SLEEP_2,
+        reason="",
+        spec=ModelSpec(alias="m", fake=True),
+        created=0,
+        instances=(view,),
+    )
+    assert "holds 623 MB" in str(instances_table([model]).lines()[1])

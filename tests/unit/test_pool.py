@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -393,3 +394,40 @@ def test_whatever_happened_what_is_wanted_runs_in_the_end_and_nothing_else(
     deadline = next_deadline(world.pool)
     assert deadline is not None
     assert deadline > world.now
+
+
+@pytest.mark.parametrize("state", [S.DRAINING, S.SLEEP_1, S.SLEEP_2, S.WAKING])
+def test_an_instance_that_sleeps_is_a_replica_like_others_nothing_is_started_or_stopped_for_it(state: S) -> None:
+    pool, _ = play((0, ModelRegistered(model())), (0, heard()))
+    for now in (1.0, 2.0, 500.0):
+        pool, effects = play((now, heard("w", report(state=state, at=1))), (now, Tick()), pool=pool)
+        assert effects == []
+    assert pool.instances["w", "m"].state is state
+    assert pool.shortages == {}
+    # A manager that has just started finds it so, and leaves it so.
+    adopted, effects = play((0, ModelRegistered(model())), (1, heard("w", report(state=state, at=1))))
+    assert effects == []
+    assert adopted.instances["w", "m"].state is state
+
+
+def test_a_wake_that_fails_is_a_failure_like_others() -> None:
+    asleep = heard("w", report(state=S.SLEEP_2, at=1))
+    failed = heard("w", report(state=S.FAILED, reason="wrong after waking", at=3))
+    pool, effects = play((0, ModelRegistered(model())), (0, heard()), (1, asleep), (3, failed))
+    assert effects == []
+    pool, effects = play((4, Tick()), pool=pool)
+    assert started(effects) == [("w", "m")]
+    assert pool.instances["w", "m"].reason == "wrong after waking"
+
+
+def test_of_too_many_replicas_those_that_sleep_go_first() -> None:
+    both = (report(state=S.SLEEP_1), report("m-r2"))
+    _, effects = play((0, ModelRegistered(model(replicas=1))), (1, heard("w", *both)))
+    assert stopped(effects) == [("w", "m")]
+
+
+@pytest.mark.parametrize("state", [S.SLEEP_1, S.SLEEP_2, S.WAKING])
+def test_a_sleeper_of_a_model_that_was_removed_is_stopped(state: S) -> None:
+    pool, _ = play((0, ModelRegistered(model())), (1, heard("w", report(state=state))))
+    _, effects = play((2, ModelRemoved("m")), pool=pool)
+    assert stopped(effects) == [("w", "m")]

@@ -115,6 +115,7 @@ def test_a_level_that_its_engine_does_not_have_is_refused(levels: tuple[int, ...
         engine.levels = levels
         await residency.drain(1)
         assert isinstance(await residency.sleep(level), SleepRefused)
+        assert await ask(meter) == 200
 
     tell(story)
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import pytest
+from msgspec import structs
+
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Instance, Model, Pool, Worker
 from modelpool.manager.views import Known, WorkerFacts, entry, instances_by_alias, model_view
 from modelpool.messages.admin import ModelView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route
-from modelpool.messages.workers import Address, InstanceReport, Progress, WorkerInfo
+from modelpool.messages.workers import Address, InstanceReport, LevelChange, Progress, WorkerInfo
 
 S = InstanceState
 SPEC = ModelSpec(alias="m", fake=True)
@@ -176,3 +179,21 @@ def test_a_model_is_as_awake_as_the_best_of_its_instances() -> None:
     assert state() is S.UNLOADED
     assert state(instance(state=S.FAILED), instance("m-r2", S.STARTING)) is S.STARTING
     assert state(instance(state=S.FAILED), instance("m-r2")) is S.ACTIVE
+
+
+@pytest.mark.parametrize("state", [S.SLEEP_1, S.SLEEP_2, S.WAKING])
+def test_a_sleeper_has_no_route_and_is_shown_with_its_level_and_its_memory(state: S) -> None:
+    view = known(instance(state=state))
+    report = structs.replace(
+        view.facts["w"].reports["m"], pss_bytes=7, sleep_levels=(1, 2), last_sleep=LevelChange(level=1, seconds=0.5)
+    )
+    view = structs.replace(view, facts={"w": structs.replace(view.facts["w"], reports={"m": report})})
+    assert seen(view).routes == ()
+    code, message, _ = unavailable(view)
+    assert (code, message) == ("model_not_ready", f"The model `m` is not ready: its instance on w is {state}.")
+    assert seen(view).unavailable.on_its_way is (state is S.WAKING)  # type: ignore[union-attr]
+    model = model_view(view, "m", instances_by_alias(view.pool)["m"])
+    assert model.state is state
+    (shown,) = model.instances
+    assert shown.sleep_level_value == {S.SLEEP_1: 1, S.SLEEP_2: 2, S.WAKING: 0}[state]
+    assert (shown.pss_bytes, shown.sleep_levels, shown.last_sleep) == (7, (1, 2), LevelChange(level=1, seconds=0.5))

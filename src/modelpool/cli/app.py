@@ -20,7 +20,15 @@ from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
 from modelpool.cli.client import PoolClient, Trouble, fail, local_address
 from modelpool.cli.command import program
-from modelpool.cli.tables import considered_table, instances_table, keys_table, models_table, status_line, workers_table
+from modelpool.cli.tables import (
+    considered_table,
+    instances_table,
+    keys_table,
+    models_table,
+    phases_table,
+    status_line,
+    workers_table,
+)
 from modelpool.cli.waiting import is_ready, wait
 from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.admin import ModelView
@@ -280,6 +288,27 @@ def explain_command(
     if explanation.considered:
         console.print()
         console.print(considered_table(explanation.considered), soft_wrap=True)
+
+
+@app.command("explain-start")
+def explain_start_command(alias: str, url: UrlOption = None, json: JsonOption = False) -> None:
+    """Show where the time of a model's last start went, by phase, for each of its instances."""
+    with _client(url) as client:
+        model = client.model(alias)
+    started = [each for each in model.instances if each.phases]
+    if json:
+        _print_json(
+            [{"instance": each.instance, "worker_id": each.worker_id, "phases": each.phases} for each in started]
+        )
+        return
+    if not started:
+        fail(f"no instance of {alias} has started: it is {model.state}" + (f", {model.reason}" if model.reason else ""))
+    console = Console()
+    for number, each in enumerate(started):
+        if number:
+            console.print()
+        console.print(f"{each.instance} on {each.worker_id}", markup=False, highlight=False, soft_wrap=True)
+        console.print(phases_table(each), soft_wrap=True)
 
 
 @app.command("logs")

@@ -53,6 +53,17 @@ def instances_table(models: Iterable[ModelView]) -> Listing:
     return table
 
 
+def phases_table(instance: InstanceView) -> Listing:
+    """One line a phase of an instance's start, in their order, and one for all."""
+    table = Listing("PHASE", "SECONDS", "SHARE")
+    total = sum(phase.seconds for phase in instance.phases)
+    for phase in instance.phases:
+        share = phase.seconds / total if total else 0.0
+        table.add_row(phase.name, f"{phase.seconds:8.3f}", f"{share:5.0%}")
+    table.add_row("all", f"{total:8.3f}", "")
+    return table
+
+
 def considered_table(considered: Iterable[Considered]) -> Listing:
     """One line an instance that a request could have gone to, the least loaded first."""
     table = Listing("INSTANCE", "IN FLIGHT", "CAPACITY", "LOAD", "")
@@ -154,5 +165,7 @@ def _note(model: ModelView) -> str:
 def _instance_note(instance: InstanceView) -> str:
     if instance.state is InstanceState.STARTING and instance.progress:
         return progress_text(instance.progress)
+    if instance.state in (InstanceState.SLEEP_1, InstanceState.SLEEP_2) and not instance.reason:
+        return f"holds {instance.pss_bytes / 1e6:.0f} MB"
     again = f" (again in {instance.retry_in_s:.0f} s)" if instance.retry_in_s is not None else ""
     return instance.reason + again

@@ -44,7 +44,7 @@ class Residency:
 
     async def sleep(self, level: int) -> Slept | SleepRefused | SleepFailed:
         if level <= self.level or level not in self._engine.facts.sleep_levels or not self._meter.closed:
-            return SleepRefused(f"it cannot go from level {self.level} to level {level}")
+            return self._stayed(f"it cannot go from level {self.level} to level {level}")
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:

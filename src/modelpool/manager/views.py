@@ -213,6 +213,11 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
         retry_in_s=round(max(0.0, (instance.retry_at or 0.0) - known.now), 1) if retrying else None,
         devices=instance.devices,
         pid=report.pid if report else None,
+        sleep_levels=report.sleep_levels if report else (),
+        pss_bytes=report.pss_bytes if report else 0,
+        last_sleep=report.last_sleep if report else None,
+        last_wake=report.last_wake if report else None,
+        phases=report.phases if report else (),
     )
 
 

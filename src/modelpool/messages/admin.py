@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from modelpool.core.lifecycle import InstanceState
+from modelpool.messages.engine import StartPhase
 from modelpool.messages.models import ModelSpec
-from modelpool.messages.workers import Device, EngineStatus, Progress
+from modelpool.messages.workers import Device, EngineStatus, LevelChange, Progress
 
 
 class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +24,13 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     retry_in_s: float | None = None
     devices: tuple[int, ...] = ()
     pid: int | None = None
+    sleep_levels: tuple[int, ...] = ()
+    pss_bytes: int = 0
+    """Of its process tree, when it was last started, put to sleep or woken."""
+    last_sleep: LevelChange | None = None
+    last_wake: LevelChange | None = None
+    phases: tuple[StartPhase, ...] = ()
+    """Where the time of its start went."""
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):

@@ -88,13 +88,13 @@ class Launcher:
         try:
             began = time.monotonic()
             path = await self._fetch(instance)
-            instance.phases = (StartPhase("fetch", time.monotonic() - began),)
+            fetched = StartPhase("fetch", time.monotonic() - began)
             async with asyncio.timeout(self._limits.start_s) as deadline:
                 try:
-                    await self._host(instance, path, deadline)
+                    await self._host(instance, path, fetched, deadline)
                 except AddressInUse as error:
                     log.warning("%s: %s; it is started once more", instance.name, error)
-                    await self._host(instance, path, deadline)
+                    await self._host(instance, path, fetched, deadline)
         except TimeoutError:
             phase = instance.progress.phase if instance.progress else "import"
             instance.fail(f"not ready after {self._limits.start_s:g} s (in phase {phase})")
@@ -115,7 +115,7 @@ class Launcher:
             on_progress=lambda done, total: instance.advance("fetch", done, total),
         )
 
-    async def _host(self, instance: Instance, path: str, deadline: asyncio.Timeout) -> None:
+    async def _host(self, instance: Instance, path: str, fetched: StartPhase, deadline: asyncio.Timeout) -> None:
         """The life of one host, from its fork until its process group is gone. `deadline` is for its start only."""
         log_ = self._log_of(instance.name)
         log_start = await asyncio.to_thread(log_.size)
@@ -138,7 +138,7 @@ class Launcher:
                     upstream=Address(self._place.reached_here, loaded.port),
                     address=Address(self._place.announced, loaded.port),
                     phases=(
-                        *instance.phases[:1],
+                        fetched,
                         StartPhase("import", imported - began),
                         StartPhase("fork", forking),
                         *loaded.phases,

@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from modelpool.engines.canary import Reading
@@ -35,7 +36,8 @@ from modelpool.engines.vllm.levels import levels, sleep_arguments
 from modelpool.engines.vllm.load_stats import LoadStats
 from modelpool.engines.vllm.memory import memory_arguments, weights_bytes
 from modelpool.engines.vllm.reasons import RootCauses, is_generic, reason
-from modelpool.messages.engine import HostSpec
+from modelpool.engines.vllm.start_parts import StartParts
+from modelpool.messages.engine import HostSpec, StartPhase
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,11 @@ _CLOSE_S = 5.0
 class VllmEngine:
     """An Engine (modelpool.engines.engine) on vLLM."""
 
-    def __init__(self, llm: AsyncLLM, arguments: argparse.Namespace, causes: RootCauses) -> None:
+    def __init__(
+        self, llm: AsyncLLM, arguments: argparse.Namespace, causes: RootCauses, phases: tuple[StartPhase, ...]
+    ) -> None:
         self._llm = llm
+        self._phases = phases
         self._arguments = arguments
         self._causes = causes
         self._levels = levels(llm, llm.vllm_config)
@@ -100,16 +105,18 @@ class VllmEngine:
             torch._dynamo.config.disable = True
         _prepare_fork(config)
         phase("processes")
-        llm = AsyncLLM.from_vllm_config(
-            vllm_config=config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[LoadStats],
-            enable_log_requests=engine_arguments.enable_log_requests,
-            aggregate_engine_logging=engine_arguments.aggregate_engine_logging,
-            disable_log_stats=engine_arguments.disable_log_stats,
-        )
+        parts = StartParts()
+        with parts.timed(resolve_obj_by_qualname(config.parallel_config.worker_cls)):
+            llm = AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[LoadStats],
+                enable_log_requests=engine_arguments.enable_log_requests,
+                aggregate_engine_logging=engine_arguments.aggregate_engine_logging,
+                disable_log_stats=engine_arguments.disable_log_stats,
+            )
         causes.first()  # what was reported and overcome says nothing about a later death
-        return cls(llm, arguments, causes)
+        return cls(llm, arguments, causes, parts.parts())
 
     @property
     def facts(self) -> Facts:
@@ -117,6 +124,7 @@ class VllmEngine:
         return Facts(
             capacity=config.scheduler_config.max_num_seqs,
             sleep_levels=self._levels.offered,
+            phases=self._phases,
             max_model_len=config.model_config.max_model_len,
             num_gpu_blocks=config.cache_config.num_gpu_blocks,
             block_size=config.cache_config.block_size,

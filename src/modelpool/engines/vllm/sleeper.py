@@ -48,7 +48,7 @@ class Sleeper:
 
     def modelpool_reload(self) -> None:
         self.reload_weights()  # type: ignore[attr-defined]  # vLLM's worker has it
-        _pack_again(self.model_runner.get_model())
+        pack_again(self.model_runner.get_model())
 
 
 def give_back(tensors: Iterable[torch.Tensor]) -> None:
@@ -89,7 +89,7 @@ def _drop_packed(model: torch.nn.Module) -> None:
             module.cpu_linear = _asleep
 
 
-def _pack_again(model: torch.nn.Module) -> None:
+def pack_again(model: torch.nn.Module) -> None:
     """Pack the weights of layers that a reload leaves out, having none of their own: a head tied to the embedding."""
     for module in model.modules():
         if getattr(module, "cpu_linear", None) is _asleep:
