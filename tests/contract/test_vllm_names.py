@@ -26,6 +26,31 @@ assert "self.logger_manager" in inspect.getsource(AsyncLLM.__init__)
 assert "self.stat_loggers" in inspect.getsource(StatLoggerManager.__init__)
 assert "self.per_engine_stat_loggers" in inspect.getsource(PerEngineStatLoggerAdapter.__init__)
 
+# What sleep levels are made of.
+from vllm.config import CacheConfig, ModelConfig, MultiModalConfig, ParallelConfig, VllmConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+assert "mode" in inspect.signature(AsyncLLM.sleep).parameters
+assert {"mode", "clear_cache"} <= set(inspect.signature(AsyncLLM.pause_generation).parameters)
+for name in ("wake_up", "resume_generation", "collective_rpc", "reset_prefix_cache", "add_lora", "generate", "encode"):
+    assert callable(getattr(AsyncLLM, name)), name
+for name in ("reload_weights", "load_model", "determine_available_memory", "initialize_from_config",
+             "compile_or_warm_up_model"):
+    assert callable(getattr(CPUWorker, name)) and callable(getattr(Worker, name)), name
+assert callable(CPUModelRunner.get_model) and "self.kv_caches" in inspect.getsource(CPUModelRunner.__mro__[1].__init__)
+assert hasattr(ParallelConfig, "worker_extension_cls") and hasattr(ParallelConfig, "worker_cls")
+assert hasattr(ModelConfig, "enable_sleep_mode") and hasattr(ModelConfig, "is_encoder_decoder")
+assert hasattr(CacheConfig, "kv_offloading_size") and hasattr(MultiModalConfig, "mm_encoder_tp_mode")
+assert "speculative_config" in VllmConfig.__dataclass_fields__
+from vllm.model_executor.layers import utils as layers
+assert "layer.cpu_linear" in inspect.getsource(layers.dispatch_cpu_unquantized_gemm)
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+from vllm import PoolingParams, SamplingParams
+SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=2, logprobs=2, detokenize=False)
+PoolingParams(task="embed")
+
 # The scheduler's figures.
 from vllm.v1.metrics.stats import SchedulerStats
 stats = SchedulerStats()
