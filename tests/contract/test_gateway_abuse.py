@@ -1,148 +1,124 @@
-"""Clients and engines that misbehave in every way at once: nothing is left of them, and honest clients saw nothing."""
+"""Clients and engines that misbehave in every way at once: nothing is left of them, and honest clients saw nothing.
+
+The short form; tests/soak has the long one, against a process.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections import Counter
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from modelpool.gateway.connection import Limits
-from tests.gateway_world import World, chat, entry, gateway, request
-from tests.wire import Handler, chunk, on_uvloop, read_message, response, serving
+from modelpool.gateway.connection import ClientConnection, Limits
+from modelpool.gateway.hold import Rules, Stay
+from modelpool.gateway.observe.journey import Journey
+from modelpool.gateway.passing import PassThrough
+from modelpool.gateway.request import Request
+from modelpool.messages.routing import ModelEntry, Unavailable
+from modelpool.relay import Deadlines, Exchange
+from tests import abuse
+from tests.abuse import ANSWERS, Leave, Stop
+from tests.gateway_world import World, chat, entry, gateway
+from tests.wire import on_uvloop, serving
 
 CLIENTS = 2000
 AT_ONCE = 50
-EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-BODY = b'{"model": "bad"}'
-REQUESTS = (
-    chat("bad"),
-    chat("bad", stream=True),
-    chat("bad", version="1.0"),
-    chat("unknown"),
-    request("GET", "/health"),
-    request("HEAD", "/v1/models"),
-    request("POST", "/v1/completions", b"{"),
-    request("POST", "/v1/completions", b"x" * 300_000),
-    request("POST", "/v1/completions", BODY, {"Expect": "100-continue"}),
-    request("POST", "/v1/completions", BODY, {"Connection": "Upgrade", "Upgrade": "h2c"}),
-    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    + chunk(BODY[:5])
-    + chunk(BODY[5:])
-    + b"0\r\n\r\n",
+LIMITS = Limits(body_bytes=abuse.BODY_MAX, head_s=0.5, body_s=0.5, idle_s=1, linger_s=0.2, flush_s=1, check_s=0.05)
+DEADLINES = Deadlines(first_byte_s=0.5, between_bytes_s=0.5)
+RULES = Rules(max_ongoing=10_000, max_wait_s=0.2, heartbeat_s=0.02)
+COMING = ModelEntry(
+    alias="coming",
+    created=1,
+    unavailable=Unavailable(code="model_not_ready", message="It starts.", retry_after=1, on_its_way=True),
 )
-LIMITS = Limits(body_bytes=200_000, head_s=0.5, body_s=0.5, idle_s=1, linger_s=0.2, flush_s=1, check_s=0.05)
 
 
-def bad_engine(rng: random.Random) -> Handler:
-    """Answers well, late, in part, twice, with garbage, or not at all."""
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await read_message(reader)
-            match rng.randrange(8):
-                case 0:
-                    return
-                case 1:
-                    writer.write(b"garbage")
-                    return
-                case 2:
-                    writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
-                    return
-                case 3:
-                    writer.write(EVENT_STREAM[: rng.randrange(len(EVENT_STREAM))])
-                    return
-                case 4:
-                    writer.transport.abort()
-                    return
-                case 5:
-                    writer.write(response(b"a") + response(b"b"))
-                case 6:
-                    writer.write(EVENT_STREAM)
-                    for _ in range(10):
-                        writer.write(chunk(b"data: 1\n\n"))
-                        await asyncio.sleep(rng.random() * 0.002)
-                    writer.write(b"0\r\n\r\n")
-                case _:
-                    writer.write(response(b"x" * rng.randrange(300_000)))
-                    await writer.drain()
-
-    return handle
+def left() -> Counter[str]:
+    """What a request is made of, as far as it is still there."""
+    gc.collect()
+    kinds = (ClientConnection, Exchange, Journey, PassThrough, Request, Stay)
+    return Counter(type(each).__name__ for each in gc.get_objects() if type(each) in kinds)
 
 
-def spoilt(raw: bytes, rng: random.Random) -> bytes:
-    """`raw` with a few bytes changed, left out or put in."""
-    data = bytearray(raw)
-    for _ in range(rng.randrange(4)):
-        at = rng.randrange(len(data))
-        noise = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 6)))
-        data[at : at + rng.choice((0, len(noise)))] = rng.choice((noise, b"x"))
-    return bytes(data)
-
-
-async def misbehave(world: World, rng: random.Random, seen: Counter[bytes]) -> None:
-    client = await world.connect()
-    with suppress(TimeoutError, ConnectionError, RuntimeError):  # uvloop's word for a closed transport
-        async with asyncio.timeout(rng.choice((0.001, 0.01, 0.1, 2))):
-            for _ in range(rng.randrange(1, 4)):
-                raw = b"".join(rng.choices(REQUESTS, k=rng.randrange(1, 4)))
-                raw = spoilt(raw, rng) if rng.random() < 0.5 else raw
-                raw = raw[: rng.randrange(1, len(raw) + 1)] if rng.random() < 0.3 else raw
-                while raw:
-                    size = rng.randrange(1, len(raw) + 1)
-                    client.send(raw[:size])
-                    raw = raw[size:]
-                    await asyncio.sleep(0)
-                if rng.random() < 0.5:
-                    answer = await client.reader.read(rng.randrange(1, 100_000))
-                    if answer.startswith(b"HTTP/1.1 "):
-                        seen[answer[9:12]] += 1
-    if rng.random() < 0.5:
-        client.abort()
-    else:
-        client.close()
-
-
-async def behave(world: World, enough: asyncio.Event) -> int:
-    """Ask again and again on one connection; every answer must be right."""
-    client, count = await world.connect(), 0
-    while not enough.is_set():
-        assert (await client.ask(chat("good"))).body == b"good"
-        count += 1
-        await asyncio.sleep(0.001)
-    return count
-
-
-async def good_engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while True:
-        await read_message(reader)
-        writer.write(response(b"good"))
+async def until_left(world: World) -> None:
+    async with asyncio.timeout(10):
+        while world.listener.connections:
+            await asyncio.sleep(0.01)
+    await world.until_idle()
 
 
 @on_uvloop
 async def test_after_abuse_of_every_kind_nothing_is_left_and_no_honest_request_failed() -> None:
-    rng, seen, enough, told = random.Random(7), Counter[bytes](), asyncio.Event(), list[dict[str, Any]]()
-    few = asyncio.Semaphore(AT_ONCE)
-    bad = bad_engine(rng)
+    before, rng, seen, told = left(), random.Random(7), Counter[str](), list[dict[str, Any]]()
+    enough, few = asyncio.Event(), asyncio.Semaphore(AT_ONCE)
+    requests = (*abuse.REQUESTS, *abuse.WEBSOCKET_REQUESTS, *abuse.WAITING_REQUESTS)
+    bad = abuse.until_left(abuse.bad_engine(rng))
 
     async def one() -> None:
         async with few:
-            await misbehave(world, rng, seen)
+            await abuse.misbehave(world, requests, rng, seen)
 
-    async with serving(bad) as first, serving(bad) as second, serving(good_engine) as good:
-        async with gateway(entry("bad", [first, second]), entry("good", [good]), limits=LIMITS) as world:
+    async with serving(bad) as first, serving(bad) as second, serving(abuse.honest_engine(abuse.Busy())) as good:
+        models = entry("bad", [first, second]), entry("good", [good]), COMING
+        async with gateway(*models, limits=LIMITS, rules=RULES, deadlines=DEADLINES) as world:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-            honest = asyncio.create_task(behave(world, enough))
+            honest = asyncio.create_task(abuse.behave(world, "good", "", enough, rng))
             async with asyncio.TaskGroup() as clients:
                 for _ in range(CLIENTS):
                     clients.create_task(one())
             enough.set()
             assert await honest > 10
-            while world.listener.connections > 1:
-                await asyncio.sleep(0.01)
-            assert world.instances.inflight == 0
-    # The engines of this test write to connections that are gone; that is theirs, not the gateway's.
-    assert [each for each in told if "client_connected_cb" not in each["message"]] == []
-    assert {b"200", b"400", b"404", b"413", b"502"} <= set(seen)
-    assert b"500" not in seen
+            await until_left(world)
+    print(dict(seen))
+    assert told == []
+    assert {"200", "400", "404", "413", "502", "503"} <= set(seen)
+    assert "500" not in seen
+    assert left() == before
+
+
+@on_uvloop
+async def test_clients_that_leave_at_every_byte_leave_nothing() -> None:
+    before, busy = left(), abuse.Busy()
+    async with serving(abuse.until_left(abuse.ScriptedEngine(busy, late_s=0.02))) as engine:
+        async with gateway(entry("scripted", [engine]), COMING, limits=LIMITS, rules=RULES) as world:
+            asked = chat("scripted", headers=abuse.script("events", 30, Stop.GO_ON))
+            waiting = chat("coming", stream=True)
+            jobs = [partial(abuse.leave_within, world, asked, at, how) for at in range(len(asked) + 1) for how in Leave]
+            jobs += [
+                partial(abuse.leave_within_answer, world, raw, at, how)
+                for raw in (asked, waiting)
+                for at in range(len(ANSWERS["events"]) + 1)
+                for how in Leave
+            ]
+            await abuse.at_once(jobs, AT_ONCE)
+            await until_left(world)
+            assert busy.requests == 0
+    assert left() == before
+
+
+@on_uvloop
+async def test_an_answer_that_breaks_at_any_byte_never_looks_whole() -> None:
+    seen: Counter[str] = Counter()
+
+    async def one(name: str, at: int, stop: Stop) -> None:
+        told = await abuse.outcome(world, chat("scripted", headers=abuse.script(name, at, stop)))
+        assert (told == "whole") == (stop is Stop.GO_ON), (name, at, stop, told)
+        seen[told] += 1
+
+    async with serving(abuse.until_left(abuse.ScriptedEngine(abuse.Busy()))) as engine:
+        async with gateway(entry("scripted", [engine]), limits=LIMITS, deadlines=DEADLINES) as world:
+            stops = (Stop.CLOSE, Stop.RESET, Stop.GO_ON)
+            await abuse.at_once(
+                [
+                    partial(one, name, at, stop)
+                    for name in ANSWERS
+                    for at in range(len(ANSWERS[name]))
+                    for stop in stops
+                ],
+                AT_ONCE,
+            )
+    print(dict(seen))
+    assert {"whole", "broken off", "error event", "502 upstream_failed"} == set(seen)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import openai
@@ -42,7 +43,7 @@ class Gateway:
 
 
 @asynccontextmanager
-async def started(home: Path, **environ: str) -> AsyncIterator[Gateway]:
+async def started(home: Path, log: IO[bytes] | None = None, /, **environ: str) -> AsyncIterator[Gateway]:
     # In place of the system's memory, where it would stay: nobody knows here which gateway of a home is the last.
     (home / "run" / "gateway").mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
@@ -51,6 +52,7 @@ async def started(home: Path, **environ: str) -> AsyncIterator[Gateway]:
         "-m",
         "modelpool.gateway",
         pass_fds=(writer,),
+        stderr=log,
         env={**os.environ, "MODELPOOL_HOME": str(home), "SERVE_PORT": "0", READY_FD: str(writer), **environ},
     )
     os.close(writer)
