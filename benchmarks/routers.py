@@ -154,34 +154,42 @@ def upstreams(folder: Path, *, ports: int = 8, control: Path | None = None) -> I
 
 
 @contextmanager
-def gateways(home: Path, count: int = 1) -> Iterator[Running]:
-    """Gateway processes as they run in a pool: keys on, routing by the snapshot of the manager in `home`."""
+def gateways(
+    home: Path, count: int = 1, *, module: str = "modelpool.gateway", environ: Mapping[str, str] = {}
+) -> Iterator[Running]:
+    """Gateway processes as they run in a pool: keys on, routing by the snapshot of the manager in `home`.
+
+    Another `module` may have its own way to run them.
+    """
     with ExitStack() as stack:
         stack.callback(Home(home).drop_shared_memory)
         socks = listen_shared("127.0.0.1", 0, count, flag="--port", variable="SERVE_PORT")
         processes = []
-        for number, sock in enumerate(socks):
-            stack.callback(sock.close)
-            processes.append(stack.enter_context(_gateway(home, sock, number, count)))
-        yield Running(socks[0].getsockname()[1], tuple(processes))
-
-
-@contextmanager
-def _gateway(home: Path, sock: socket.socket, number: int, count: int) -> Iterator[psutil.Process]:
-    ready = home / f"ready-{count}-{number}"
-    command = [sys.executable, "-m", "modelpool.gateway"]
-    with open(ready, "wb") as said:
-        environ = {
+        common = {
             "MODELPOOL_HOME": str(home),
             "MODELPOOL_LOG_LEVEL": "warning",
             "MODELPOOL_GATEWAY_PROCESSES": str(count),
             "SERVE_MAX_ONGOING_REQUESTS": "20000",
-            LISTEN_FD: str(sock.fileno()),
-            READY_FD: str(said.fileno()),
         }
+        for number, sock in enumerate(socks):
+            stack.callback(sock.close)
+            processes.append(
+                stack.enter_context(_gateway(home, sock, f"{count}-{number}", module, {**common, **environ}))
+            )
+        yield Running(socks[0].getsockname()[1], tuple(processes))
+
+
+@contextmanager
+def _gateway(
+    home: Path, sock: socket.socket, name: str, module: str, environ: Mapping[str, str]
+) -> Iterator[psutil.Process]:
+    ready = home / f"ready-{name}"
+    with open(ready, "wb") as said:
+        fds = {LISTEN_FD: str(sock.fileno()), READY_FD: str(said.fileno())}
+        inherits = (said.fileno(), sock.fileno())
         log = home / "gateway.log"
-        with started(command, log, environ, (said.fileno(), sock.fileno())) as process:
-            _wait_for(lambda: ready.read_bytes().endswith(b"\n"), process)
+        with started([sys.executable, "-m", module], log, {**environ, **fds}, inherits) as process:
+            _wait_for(lambda: ready.read_bytes().endswith(b"\n"), process, log)
             announcement = msgspec.json.decode(ready.read_bytes(), type=Announcement)
             assert isinstance(announcement, Ready), announcement
             yield process
