@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 
 import msgspec
 import pytest
+from benchmarks import costs, processes
 from benchmarks.hold import Connection
 from benchmarks.machine import Machine
 from benchmarks.pace import Pace
@@ -132,3 +134,64 @@ def test_a_stream_with_a_byte_changed_lost_doubled_or_added_is_wrong(
 
 def batched(data: bytes, size: int) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def test_the_clock_finds_every_function_that_it_is_to_time() -> None:
+    for path in (path for paths in costs.STAGES.values() for path in paths):
+        holder, attribute, function = costs.found(path)
+        assert callable(function), path
+        assert vars(holder)[attribute], f"{path} is inherited, so that timing it would time others too"
+
+
+def test_the_clock_counts_a_call_for_who_spent_the_time() -> None:
+    def spend() -> None:
+        until = time.perf_counter_ns() + 50_000
+        while time.perf_counter_ns() < until:
+            pass
+
+    clock = costs.Clock()
+    inner = clock.timed("inner", spend)
+    outer = clock.timed("outer", lambda: [inner(), inner()])
+    for _ in range(50):
+        outer()
+    seen = clock.functions
+    assert (seen["inner"].calls, seen["outer"].calls) == (100, 50)
+    assert seen["inner"].ns > 4 * seen["outer"].ns
+
+
+def test_a_coroutine_is_timed_step_by_step_and_keeps_its_result_and_its_errors() -> None:
+    clock = costs.Clock()
+
+    async def sleep(result: int) -> int:
+        await asyncio.sleep(0)
+        if result < 0:
+            raise ValueError(result)
+        return result
+
+    async def cancelled() -> int:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return 7
+        return 0
+
+    async def run() -> int:
+        assert await clock.stepped("sleep", sleep)(5) == 5
+        with pytest.raises(ValueError, match="-1"):
+            await clock.stepped("sleep", sleep)(-1)
+        task = asyncio.create_task(clock.stepped("cancelled", cancelled)())
+        await asyncio.sleep(0)
+        task.cancel()
+        return int(await task)
+
+    assert asyncio.run(run()) == 7
+    assert clock.functions["sleep"].calls == 4
+
+
+def test_a_second_process_brings_what_the_busiest_one_leaves() -> None:
+    def round_of(*gateways_us: float) -> processes.Measured:
+        return processes.Measured(per_second=1, gateways_us=list(gateways_us), clients_us=1, engines_us=1)
+
+    one, two = [round_of(50), round_of(60), round_of(40)], [round_of(25, 25), round_of(20, 40), round_of(20, 20)]
+    assert processes.ratio(one, two) == 2.0
+    assert processes.ratio(one[1:2], two[1:2]) == 1.5
