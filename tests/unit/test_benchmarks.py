@@ -58,6 +58,12 @@ def test_of_several_rounds_the_least_of_each_figure_counts() -> None:
     assert merged["b"] == other
 
 
+def test_of_streams_the_round_with_most_pieces_says_the_cpu() -> None:
+    joined, apart = row("a", Load.PACED, cpu_us=500, segments=20.0), row("a", Load.PACED, cpu_us=900, segments=64.0)
+    (merged,) = best([joined, apart])
+    assert (merged.cpu_us, merged.segments) == (900, 64)
+
+
 def test_rows_of_other_loads_and_connections_are_not_merged() -> None:
     assert len(best([row("a"), row("a", Load.STREAM), row("a", connections=64)])) == 3
 
