@@ -216,3 +216,25 @@ def test_a_home_of_no_use_is_an_error_without_a_trace(command: str, tmp_path: Pa
     if command != "ls":  # which needs no home
         assert f"error: The home {home} cannot be used: Not a directory" in done.stderr
         assert "MODELPOOL_HOME" in done.stderr
+
+
+def test_a_start_is_explained_by_its_phases(fake_pool: PoolProcess) -> None:
+    assert run(fake_pool, "register", "cli-slow", "--fake", "--set", "fake_load_ms=400", "--wait").returncode == 0
+    shown = run(fake_pool, "explain-start", "cli-slow")
+    assert shown.returncode == 0, shown.stderr
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines[0] == ["cli-slow", "on", "w1"]
+    assert [line[0] for line in lines[1:]] == ["PHASE", "fetch", "import", "fork", "load", "app", "all"]
+    seconds = {line[0]: float(line[1]) for line in lines[2:]}
+    assert 0.4 <= seconds["load"] < seconds["all"]
+    [start] = json.loads(run(fake_pool, "explain-start", "cli-slow", "--json").stdout)
+    assert (start["instance"], start["worker_id"]) == ("cli-slow", "w1")
+    assert [phase["name"] for phase in start["phases"]] == ["fetch", "import", "fork", "load", "app"]
+    fake_pool.remove("cli-slow")
+    nowhere = run(fake_pool, "explain-start", "cli-nowhere")
+    assert (nowhere.returncode, "cli-nowhere" in nowhere.stderr) == (1, True)
+    fake_pool.register("cli-late", fake=True, fake_load_ms=60_000)
+    late = run(fake_pool, "explain-start", "cli-late")
+    assert late.returncode == 1
+    assert "no instance of cli-late has started: it is " in late.stderr
+    fake_pool.remove("cli-late")

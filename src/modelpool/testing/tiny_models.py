@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,22 @@ class Shape:
         }
 
 
-def make_text_model(folder: Path, *, seed: int = 0, max_model_len: int = demo.MAX_MODEL_LEN) -> Path:
-    """A chat model of about 1 MB. It answers nonsense, up to `max_tokens`; other seeds give other answers."""
+def make_text_model(
+    folder: Path, *, seed: int = 0, max_model_len: int = demo.MAX_MODEL_LEN, shape: Mapping[str, int] | None = None
+) -> Path:
+    """A chat model of about 1 MB. It answers nonsense, up to `max_tokens`; other seeds give other answers.
+
+    `shape` changes sizes (the fields of Shape), for one whose weights show in a process's memory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(demo.model_path() / name, folder / name)
     config = _read(demo.model_path() / "config.json")
-    shape = Shape(vocab_size=config["vocab_size"])
-    _write(folder / "config.json", _config(shape, config, max_model_len))
+    sizes = Shape(vocab_size=config["vocab_size"], **(shape or {}))
+    _write(folder / "config.json", _config(sizes, config, max_model_len))
     _save(
         folder / "model.safetensors",
-        _text_weights(shape, np.random.default_rng(seed), mute=(config["eos_token_id"], config["pad_token_id"])),
+        _text_weights(sizes, np.random.default_rng(seed), mute=(config["eos_token_id"], config["pad_token_id"])),
     )
     return folder
 
