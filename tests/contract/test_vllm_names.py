@@ -51,6 +51,42 @@ from vllm import PoolingParams, SamplingParams
 SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=2, logprobs=2, detokenize=False)
 PoolingParams(task="embed")
 
+# vLLM's sleep mode, which needs an accelerator: at least the order of its calls, and for whom they are made.
+import asyncio
+from types import SimpleNamespace as Namespace
+from modelpool.engines.vllm.levels import SleepMode, sleep_mode_levels
+called = []
+class Recorder:
+    def __getattr__(self, name):
+        async def call(*args, **kwargs):
+            inspect.signature(getattr(AsyncLLM, name)).bind(self, *args, **kwargs)
+            called.append((name, *args, *kwargs.values()))
+        return call
+async def ladder(*levels):
+    called.clear()
+    mode = SleepMode(Recorder(), (1, 2))
+    for level in levels:
+        await mode.sleep(level)
+    await mode.wake()
+    return [*called]
+shallow = [("wake_up",), ("reset_prefix_cache",)]
+deep = [("wake_up", ["weights"]), ("collective_rpc", "reload_weights"), ("wake_up", ["kv_cache"]),
+        ("reset_prefix_cache",)]
+assert asyncio.run(ladder(1)) == [("sleep", 1, "wait"), *shallow]
+assert asyncio.run(ladder(2)) == [("sleep", 2, "wait"), *deep]
+assert asyncio.run(ladder(1, 2)) == [("sleep", 1, "wait"), *shallow, ("sleep", 2, "wait"), *deep]
+def config(sleeps=True, offload=None, draft=None, split=None):
+    multimodal = split and Namespace(mm_encoder_tp_mode=split)
+    return Namespace(
+        model_config=Namespace(enable_sleep_mode=sleeps, multimodal_config=multimodal),
+        cache_config=Namespace(kv_offloading_size=offload),
+        speculative_config=draft,
+    )
+assert sleep_mode_levels(config()) == sleep_mode_levels(config(split="weights")) == (1, 2)
+assert sleep_mode_levels(config(draft="a draft model")) == (1,)
+for without in (config(sleeps=False), config(offload=1.0), config(split="data")):
+    assert sleep_mode_levels(without) == ()
+
 # The scheduler's figures.
 from vllm.v1.metrics.stats import SchedulerStats
 stats = SchedulerStats()

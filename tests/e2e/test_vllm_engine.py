@@ -103,6 +103,14 @@ class TestVllmEngine(EngineContract):
             answer = _rest(connection)
             assert b"InternalServerError" in answer or answer.endswith(b"\r\n\r\n") or not answer
 
+    @pytest.mark.parametrize("name", ["VLLM::EngineCore", "VLLM::Worker"])
+    def test_the_death_of_one_of_its_processes_ends_a_sleeper_too(
+        self, forkserver: ForkserverDriver, host: HostDriver, name: str
+    ) -> None:
+        assert isinstance(host.sleep(2), Slept)
+        os.kill(process(forkserver, name), signal.SIGKILL)
+        assert forkserver.wait_exited(host.pid, 4).status == 1
+
     def test_a_shutdown_does_not_wait_for_an_engine_that_is_stopped(
         self, forkserver: ForkserverDriver, host: HostDriver
     ) -> None:
