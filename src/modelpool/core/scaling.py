@@ -1,0 +1,186 @@
+"""What should become of one model next: another replica, one less, a step down the ladder, or nothing. And why.
+
+    load = (in flight + waiting) / capacity, over its ACTIVE instances
+
+Above `load_high` one more is brought up, SLEEP_1 before SLEEP_2 before a new replica; below `load_low` the least busy
+one of several goes to sleep, if the others then stay well below `load_high`. One that nobody asks for goes down step by
+step, by its idle times. A change waits for the one before to have its effect (`cooldown_s`), so a steady load causes
+none. Whether there is room is not asked here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+
+import msgspec
+
+from modelpool.core.demand import Demand
+from modelpool.core.lifecycle import InstanceState
+
+_S = InstanceState
+_COMING = (_S.STARTING, _S.WAKING)
+_CALM = 0.8
+"""Of `load_high`: what the load may be after a replica went away."""
+
+
+class ScalingPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """For a model. Times in seconds; `idle_*_s`: without a request until it is in that state, infinity for never."""
+
+    min_replicas: int = 0
+    max_replicas: int = 4
+    load_high: float = 0.7
+    load_low: float = 0.3
+    cooldown_s: float = 30.0
+    idle_sleep_1_s: float = 300.0
+    idle_sleep_2_s: float = 900.0
+    idle_unload_s: float = 3600.0
+
+    def idle_s(self, state: InstanceState) -> float:
+        """How long nobody must have asked for it until an instance leaves this state downwards."""
+        return {
+            _S.ACTIVE: self.idle_sleep_1_s,
+            _S.SLEEP_1: self.idle_sleep_2_s,
+            _S.SLEEP_2: self.idle_unload_s,
+        }.get(state, math.inf)
+
+
+class Replica(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance of the model.
+
+    `idle_since`: for an ACTIVE one when the model was last asked for, for a sleeper what that was when it fell asleep.
+    `sleeps`: whether its engine can; one that cannot goes from ACTIVE to UNLOADED.
+    """
+
+    name: str
+    number: int
+    state: InstanceState
+    idle_since: float
+    inflight: int = 0
+    capacity: int = 1
+    sleeps: bool = True
+
+
+class Step(StrEnum):
+    NONE = "none"
+    WAKE = "wake"
+    START = "start"
+    SLEEP_1 = "sleep_1"
+    SLEEP_2 = "sleep_2"
+    UNLOAD = "unload"
+
+
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """`replica`: whom the step is about, none for START. `urgent`: somebody waits. `due`: when NONE may become more."""
+
+    step: Step
+    reason: str
+    replica: str = ""
+    urgent: bool = False
+    due: float = math.inf
+
+
+def wish(
+    policy: ScalingPolicy,
+    demand: Demand,
+    replicas: Sequence[Replica],
+    *,
+    changed_at: float,
+    wanted_once: bool,
+    now: float,
+) -> Wish:
+    """The next step. `changed_at`: when the last was taken; `wanted_once`: it was not up since it was registered."""
+    active = [each for each in replicas if each.state is _S.ACTIVE]
+    coming = [each for each in replicas if each.state in _COMING]
+    there = len(active) + len(coming)
+    least = min(max(policy.min_replicas, 1 if wanted_once else 0), policy.max_replicas)
+    if there < least:
+        return _bring(replicas, f"{there} of at least {least} replicas are there")
+    if not there and demand.waiting:
+        return _bring(replicas, f"{_requests(demand.waiting)} for it, and it is not awake", urgent=True)
+    cooled = changed_at + policy.cooldown_s
+    if active and (scaled := _by_load(policy, demand, replicas, active, coming, least, cooled, now)):
+        return scaled
+    return _by_idleness(policy, demand, replicas, active, least, now)
+
+
+def load(demand: Demand, active: Sequence[Replica]) -> float:
+    capacity = sum(each.capacity for each in active)
+    return (sum(each.inflight for each in active) + demand.waiting) / capacity if capacity else 0.0
+
+
+def _by_load(
+    policy: ScalingPolicy,
+    demand: Demand,
+    replicas: Sequence[Replica],
+    active: list[Replica],
+    coming: list[Replica],
+    least: int,
+    cooled: float,
+    now: float,
+) -> Wish | None:
+    now_load = load(demand, active)
+    if now_load > policy.load_high and len(active) + len(coming) < policy.max_replicas:
+        if coming:
+            return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; {coming[0].name} is on its way")
+        if now < cooled:
+            return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=cooled)
+        why = f"load {now_load:.2f} is above {policy.load_high:g}"
+        return _bring(replicas, why, urgent=demand.waiting > 0)
+    if now_load < policy.load_low and len(active) > max(1, least):
+        leaving = min(active, key=lambda each: (each.inflight / each.capacity, -each.number))
+        rest = sum(each.capacity for each in active) - leaving.capacity
+        after = (sum(each.inflight for each in active) + demand.waiting) / rest
+        if after < policy.load_high * _CALM:
+            if now < cooled:
+                return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=cooled)
+            return _down(leaving, f"load {now_load:.2f} is below {policy.load_low:g}")
+    return None
+
+
+def _by_idleness(
+    policy: ScalingPolicy,
+    demand: Demand,
+    replicas: Sequence[Replica],
+    active: list[Replica],
+    least: int,
+    now: float,
+) -> Wish:
+    """One step down for one that has been idle for longer than its state allows, sleepers and late replicas first."""
+    due = math.inf
+    may_sleep = len(active) > least and not demand.busy
+    for each in sorted(replicas, key=lambda each: (each.state is _S.ACTIVE, -each.number)):
+        if each.state is _S.ACTIVE and not may_sleep:
+            continue
+        idle_s = policy.idle_s(each.state)
+        if now >= each.idle_since + idle_s:
+            return _down(each, f"nobody asked for it in {idle_s:g} s")
+        due = min(due, each.idle_since + idle_s)
+    return Wish(step=Step.NONE, reason=_standing(demand, active, replicas, now), due=due)
+
+
+def _standing(demand: Demand, active: Sequence[Replica], replicas: Sequence[Replica], now: float) -> str:
+    if not replicas:
+        return "nobody asks for it"
+    if not demand.busy:
+        return f"idle for {max(0.0, now - demand.asked_at):.0f} s"
+    return f"load {load(demand, active):.2f}" if active else "it is on its way"
+
+
+def _bring(replicas: Sequence[Replica], reason: str, *, urgent: bool = False) -> Wish:
+    """Wake the one that sleeps lightest, else start another."""
+    for state in (_S.SLEEP_1, _S.SLEEP_2):
+        for each in sorted(replicas, key=lambda each: each.number):
+            if each.state is state:
+                return Wish(step=Step.WAKE, replica=each.name, reason=reason, urgent=urgent)
+    return Wish(step=Step.START, reason=reason, urgent=urgent)
+
+
+def _down(replica: Replica, reason: str) -> Wish:
+    step = {_S.ACTIVE: Step.SLEEP_1, _S.SLEEP_1: Step.SLEEP_2}.get(replica.state, Step.UNLOAD)
+    return Wish(step=step if replica.sleeps else Step.UNLOAD, replica=replica.name, reason=reason)
+
+
+def _requests(count: int) -> str:
+    return "1 request waits" if count == 1 else f"{count} requests wait"
