@@ -266,7 +266,9 @@ def test_a_silent_worker_gets_no_orders_but_keeps_its_routes() -> None:
     assert pool.instances["a", "m"].state is S.ACTIVE
     pool, effects = play((62, heard("b")), pool=pool)
     assert started(effects) == [("b", "m-r2")]
-    _, effects = play((63, heard("b", report("m-r2"))), (64, heard("a", report())), pool=pool)
+    pool, effects = play((63, heard("b", report("m-r2"))), (64, heard("a", report())), pool=pool)
+    assert effects == []
+    _, effects = play((63 + POLICY.scaling.cooldown_s, Tick()), pool=pool)
     assert stopped(effects) == [("b", "m-r2")]
 
 
@@ -328,6 +330,7 @@ class World:
             if isinstance(order, Stop):
                 mine.pop(order.instance, None)
                 continue
+            assert isinstance(order, Start)
             known = mine.get(order.instance)
             if order.alias in keys and (known is None or known.state is S.FAILED):
                 mine[order.instance] = report(order.instance, alias=order.alias, key=keys[order.alias], at=self.now)

@@ -80,12 +80,28 @@ def place(need: Need, candidates: Sequence[Candidate]) -> Placement | Refusal:
     )
 
 
+def shortfall(need: Need, candidate: Candidate) -> dict[int, int]:
+    """What each of the best devices there lacks, in bytes; nothing where there are too few, or none may be used."""
+    count = _count(need, candidate)
+    if candidate.refusal or len(candidate.devices) < count:
+        return {}
+    by_room = sorted(candidate.devices, key=lambda device: (need.on(device) - device.free_bytes, device.index))
+    lacking = {device.index: need.on(device) - device.free_bytes for device in by_room[:count]}
+    if any(need.on(device) > device.total_bytes for device in by_room[:count]):
+        return {}
+    return {index: bytes_ for index, bytes_ in lacking.items() if bytes_ > 0}
+
+
+def _count(need: Need, candidate: Candidate) -> int:
+    # A machine without accelerators is one device, on which the ranks of a model share cores and memory.
+    return 1 if all(device.kind == "cpu" for device in candidate.devices) else need.devices
+
+
 def _fit(need: Need, candidate: Candidate) -> tuple[tuple[DeviceRoom, ...], str]:
     """The devices to use on one worker, those with the most room first; or why there are none."""
     if candidate.refusal:
         return (), candidate.refusal
-    # A machine without accelerators is one device, on which the ranks of a model share cores and memory.
-    count = 1 if all(device.kind == "cpu" for device in candidate.devices) else need.devices
+    count = _count(need, candidate)
     if len(candidate.devices) < count:
         return (), f"needs {need.devices} devices, has {len(candidate.devices)}"
     by_room = sorted(candidate.devices, key=lambda device: (need.on(device) - device.free_bytes, device.index))

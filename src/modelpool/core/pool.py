@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from modelpool.core.lifecycle import InstanceState
+from modelpool.core.demand import Demand, Seen, forgotten, heard
+from modelpool.core.lifecycle import InstanceState, sleep_level
+from modelpool.core.scaling import ScalingPolicy, Step, Wish
 
 UNWANTED_GRACE_S = 30.0
 """How long an instance of a model that nobody registered is left alone."""
@@ -29,6 +31,14 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_timeout_s: float = 60.0
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
+    scaling: ScalingPolicy = ScalingPolicy()
+    """For models that do not say; its replicas are those above."""
+    min_residence_s: float = 10.0
+    """What was brought up is not made to give way before this."""
+    turn_max_s: float = 30.0
+    """A request waits no longer than this for a busy model that is in its way; then that one is drained."""
+    swaps_per_minute: int = 12
+    """On one worker, to make room for others."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +53,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     memory_fraction: float | None = None
     min_replicas: int | None = None
     max_replicas: int | None = None
+    pinned: bool = False
+    """Never goes down the ladder, whoever needs its memory."""
+    idle_sleep_1_s: float | None = None
+    idle_sleep_2_s: float | None = None
+    idle_unload_s: float | None = None
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +97,19 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     acknowledged: bool = True
     missing: int = 0
     ordered_at: float | None = None
+    order: Step = Step.NONE
+    """A sleep or wake that was ordered, for as long as no report shows that it began."""
+    ordered_in: InstanceState = InstanceState.ABSENT
+    """The state it was in then."""
+    woken_from: int = 0
+    """The sleep level that it was or is woken from."""
+    capacity: int = 1
+    sleeps: bool = False
+    """Whether its engine can sleep."""
+    held_bytes: int = 0
+    """On each of its devices, as measured while it sleeps; awake it may take up to `memory_bytes`."""
+    idle_since: float = 0.0
+    """Of a sleeper: when its model had been asked for last as it fell asleep."""
     starting_since: float = 0.0
     active_since: float = 0.0
     unwanted_since: float | None = None
@@ -102,6 +130,20 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """alias → why a wanted replica of it runs nowhere."""
     start_seconds: Mapping[str, float] = {}
     """alias → how long its last start took."""
+    wake_seconds: Mapping[tuple[str, int], float] = {}
+    """(alias, sleep level) → how long its last waking from there took."""
+    held: Mapping[tuple[str, int], int] = {}
+    """(alias, sleep level) → bytes that an instance held on each device there, when that was last seen."""
+    demand: Mapping[str, Demand] = {}
+    """By alias, of every registered model."""
+    wanted_up: frozenset[str] = frozenset()
+    """Models to bring up although nobody asks: registered and never up since, or lost while they were up."""
+    stepped_at: Mapping[str, float] = {}
+    """alias → when the last step about it was taken."""
+    wishes: Mapping[str, Wish] = {}
+    """alias → what was decided last, and why."""
+    swaps: Mapping[str, tuple[float, ...]] = {}
+    """worker → when its instances gave way to others, in the last minute."""
     awaited: frozenset[str] = frozenset()
     """Workers known from before this manager; until they have reported or `recover_until`, no orders are given."""
     recover_until: float = 0.0
@@ -122,6 +164,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     permanent: bool = False
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
+    held_bytes: int = 0
+    capacity: int = 1
+    sleeps: bool = False
     changed_at: float = 0.0
 
 
@@ -175,6 +220,17 @@ class OrderPostponed(msgspec.Struct, frozen=True):
     key: Key
 
 
+class DemandHeard(msgspec.Struct, frozen=True):
+    """What one gateway sees, by alias: all models that it has anything to say of."""
+
+    gateway: str
+    seen: Mapping[str, Seen]
+
+
+class GatewayGone(msgspec.Struct, frozen=True):
+    gateway: str
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Nothing happened but time."""
 
@@ -188,6 +244,8 @@ Event = (
     | OrderAnswered
     | OrderRefused
     | OrderPostponed
+    | DemandHeard
+    | GatewayGone
     | Tick
 )
 
@@ -195,7 +253,12 @@ Event = (
 def apply(pool: Pool, event: Event, now: float) -> Pool:
     match event:
         case ModelRegistered(model):
-            return replace(pool, models={**pool.models, model.alias: model})
+            return replace(
+                pool,
+                models={**pool.models, model.alias: model},
+                demand={**pool.demand, model.alias: Demand(asked_at=now)},
+                wanted_up=pool.wanted_up | {model.alias},
+            )
         case ModelRemoved(alias):
             unwanted = {
                 key: replace(each, unwanted_since=now - UNWANTED_GRACE_S)
@@ -208,6 +271,11 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
                 instances={**pool.instances, **unwanted},
                 shortages=_without(pool.shortages, alias),
                 start_seconds=_without(pool.start_seconds, alias),
+                wake_seconds={key: each for key, each in pool.wake_seconds.items() if key[0] != alias},
+                demand=_without(pool.demand, alias),
+                wanted_up=pool.wanted_up - {alias},
+                stepped_at=_without(pool.stepped_at, alias),
+                wishes=_without(pool.wishes, alias),
             )
         case WorkerReported():
             return _reported(pool, event, now)
@@ -224,8 +292,21 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             return _refused(pool, key, reason, now)
         case OrderPostponed(key):
             return change(pool, key, ordered_at=-math.inf)
+        case DemandHeard(gateway, seen):
+            return _demanded(pool, gateway, seen, now)
+        case GatewayGone(gateway):
+            return replace(pool, demand={alias: forgotten(each, gateway) for alias, each in pool.demand.items()})
         case Tick():
             return _time_passed(pool, now)
+
+
+def _demanded(pool: Pool, gateway: str, seen: Mapping[str, Seen], now: float) -> Pool:
+    """A model that a gateway says nothing of has nothing there."""
+    demand = {
+        alias: heard(each, gateway, seen[alias], now) if alias in seen else forgotten(each, gateway)
+        for alias, each in pool.demand.items()
+    }
+    return replace(pool, demand=demand)
 
 
 def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
@@ -241,6 +322,7 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
     mine = {key: instance for key, instance in pool.instances.items() if key[0] == event.worker_id}
     others = {key: instance for key, instance in pool.instances.items() if key[0] != event.worker_id}
     started: dict[str, float] = {}
+    woken: dict[tuple[str, int], float] = {}
     merged: dict[Key, Instance] = {}
     for report in event.reports:
         key = (event.worker_id, report.instance)
@@ -248,16 +330,46 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
         merged[key] = _merge(pool.policy, None if new_process else known, known, report, event.worker_id, now)
         if known and known.state is InstanceState.STARTING and report.state is InstanceState.ACTIVE:
             started[report.alias] = now - known.starting_since
+        if known and known.order is Step.WAKE and report.state is InstanceState.ACTIVE:
+            woken[report.alias, known.woken_from] = now - known.starting_since
+    lost = {
+        each.alias
+        for key, each in merged.items()
+        if has_failed(each) and (key not in pool.instances or _is_up(pool.instances[key]))
+    }
     for key, instance in mine.items():
         if not new_process and _may_be_on_its_way(instance):
             merged[key] = replace(instance, missing=instance.missing + (1 if instance.acknowledged else 0))
+        elif _is_up(instance):
+            lost.add(instance.alias)
+    up = {
+        each.alias
+        for each in merged.values()
+        if each.state is InstanceState.ACTIVE
+        and (model := pool.models.get(each.alias)) is not None
+        and model.key == each.key
+    }
+    held = {
+        (each.alias, sleep_level(each.state)): each.held_bytes
+        for each in merged.values()
+        if each.state in (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
+    }
     return replace(
         pool,
         workers={**pool.workers, event.worker_id: worker},
         instances=others | merged,
         start_seconds={**pool.start_seconds, **started} if started else pool.start_seconds,
+        wake_seconds={**pool.wake_seconds, **woken} if woken else pool.wake_seconds,
+        held={**pool.held, **held} if held else pool.held,
+        wanted_up=(pool.wanted_up | (lost & pool.models.keys())) - up,
         awaited=pool.awaited - {event.worker_id},
     )
+
+
+def _is_up(instance: Instance) -> bool:
+    """Awake or on its way there, and not by order on its way down."""
+    up = (InstanceState.ACTIVE, InstanceState.STARTING, InstanceState.WAKING, InstanceState.FAILED)
+    return instance.state in up and not instance.stopping
 
 
 def _may_be_on_its_way(instance: Instance) -> bool:
@@ -279,6 +391,10 @@ def _merge(
         state=report.state,
         devices=report.devices,
         memory_bytes=report.memory_bytes or (history.memory_bytes if history else 0),
+        held_bytes=report.held_bytes,
+        capacity=max(1, report.capacity),
+        sleeps=report.sleeps,
+        idle_since=now,
         reason=report.reason,
         permanent=report.permanent,
         starting_since=now,
@@ -295,7 +411,12 @@ def _merge(
         starting_since=known.starting_since,
         active_since=known.active_since if known.state is InstanceState.ACTIVE else now,
         unwanted_since=known.unwanted_since,
+        idle_since=known.idle_since,
+        woken_from=known.woken_from,
     )
+    if known.order is not Step.NONE and seen.state is known.ordered_in:
+        # Written before the order arrived, or the order was lost: it is given again when it is due.
+        merged = replace(merged, order=known.order, ordered_in=known.ordered_in, state=known.state)
     if seen.state is InstanceState.STARTING and not seen.reason:
         # While it tries again, why it failed before.
         merged = replace(merged, reason=known.reason, permanent=known.permanent)
@@ -346,13 +467,21 @@ def _gone(pool: Pool, event: WorkerGone, now: float) -> Pool:
 
 
 def _without_instances(pool: Pool, worker_id: str) -> Pool:
-    return replace(pool, instances={key: each for key, each in pool.instances.items() if key[0] != worker_id})
+    """They are lost; the models of those that were up are to be brought up again."""
+    lost = {each.alias for key, each in pool.instances.items() if key[0] == worker_id and _is_up(each)}
+    return replace(
+        pool,
+        instances={key: each for key, each in pool.instances.items() if key[0] != worker_id},
+        wanted_up=pool.wanted_up | (lost & pool.models.keys()),
+    )
 
 
 def _refused(pool: Pool, key: Key, reason: str, now: float) -> Pool:
     instance = pool.instances.get(key)
     if instance is None or instance.stopping:
         return pool
+    if instance.order is not Step.NONE:
+        return put(pool, key, replace(instance, order=Step.NONE, state=instance.ordered_in))
     return put(pool, key, _failed(pool.policy, replace(instance, permanent=False), reason, now))
 
 
@@ -370,7 +499,13 @@ def _time_passed(pool: Pool, now: float) -> Pool:
     awaited = pool.awaited if now < pool.recover_until else frozenset()
     if not lost and not given_up and awaited == pool.awaited:
         return pool
-    return replace(pool, workers={**pool.workers, **lost, **given_up}, awaited=awaited)
+    missed = {each.alias for each in pool.instances.values() if each.worker_id in lost and _is_up(each)}
+    return replace(
+        pool,
+        workers={**pool.workers, **lost, **given_up},
+        awaited=awaited,
+        wanted_up=pool.wanted_up | (missed & pool.models.keys()),
+    )
 
 
 def key_of(instance: Instance) -> Key:

@@ -5,13 +5,15 @@ Pure, like core/pool.py: the manager's loop brings the events and the time, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from msgspec.structs import replace
 
-from modelpool.core.lifecycle import InstanceState
-from modelpool.core.placement import Candidate, DeviceRoom, Need, Placement, Refusal, place
+from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, plan
+from modelpool.core.lifecycle import InstanceState, sleep_level
+from modelpool.core.placement import GB, Candidate, DeviceRoom, Need, Placement, Refusal, place, shortfall
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
     Event,
@@ -26,9 +28,17 @@ from modelpool.core.pool import (
     key_of,
     put,
 )
+from modelpool.core.scaling import Replica, ScalingPolicy, Step, Wish, wish
 
 ORDER_RETRY_S = 5.0
 """An order whose effect has not shown up in a report by then is given again."""
+_STEPS_MAX = 64
+_MINUTE_S = 60.0
+_START_GUESS_S = 10.0
+_TURN_FACTOR = 4.0
+_LEVEL = {Step.SLEEP_1: 1, Step.SLEEP_2: 2}
+_DRAINING = InstanceState.DRAINING
+_ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +54,20 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-Effect = Start | Stop
+class Sleep(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: str
+    instance: str
+    level: int
+    reason: str
+
+
+class Wake(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: str
+    instance: str
+    reason: str
+
+
+Effect = Start | Stop | Sleep | Wake
 
 
 def step(pool: Pool, event: Event, now: float) -> tuple[Pool, tuple[Effect, ...]]:
@@ -59,14 +82,17 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     effects: list[Effect] = []
     pool = _stop_unwanted(pool, now, effects)
     shortages: dict[str, str] = {}
-    by_alias: dict[str, list[Instance]] = {}
-    for instance in pool.instances.values():
-        by_alias.setdefault(instance.alias, []).append(instance)
-    for model in pool.models.values():
-        pool, shortage = _fill(pool, model, by_alias.get(model.alias, []), now, effects)
+    for model in sorted(pool.models.values(), key=lambda each: _urgency(pool, each)):
+        pool, shortage = _advance(pool, model, now, effects)
         if shortage:
             shortages[model.alias] = shortage
     return replace(pool, shortages=shortages), tuple(effects)
+
+
+def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
+    """Who has waited longest comes first."""
+    since = pool.demand[model.alias].waiting_since
+    return (math.inf if since is None else since, model.created, model.alias)
 
 
 def replicas_wanted(policy: Policy, model: Model) -> int:
@@ -102,29 +128,300 @@ def _stop(pool: Pool, key: Key, reason: str, now: float, effects: list[Effect]) 
     return change(pool, key, stopping=True, ordered_at=now)
 
 
-def _fill(pool: Pool, model: Model, instances: list[Instance], now: float, effects: list[Effect]) -> tuple[Pool, str]:
-    """Start the replicas of one model that are missing, start failed ones again, stop those that are too many."""
-    wanted = replicas_wanted(pool.policy, model)
-    usable = [each for each in instances if not each.stopping and each.key == model.key and _alive(pool, each)]
-    for surplus in sorted(usable, key=_worth)[wanted:]:
-        pool = _stop(pool, key_of(surplus), f"{wanted} replicas are wanted", now, effects)
-    for instance in sorted(usable, key=_worth)[:wanted]:
-        retry = has_failed(instance) and _due(instance.retry_at, 0.0, now)
+def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tuple[Pool, str]:
+    """Take the steps of one model that are due, and say what keeps it from another one."""
+    pool = _stop_surplus(pool, model, now, effects)
+    pool = _repeat_orders(pool, model, now, effects)
+    for _ in range(_STEPS_MAX):
+        replicas = [_replica(pool, each) for each in _usable(pool, model)]
+        decided = wish(
+            scaling_of(pool.policy, model),
+            pool.demand[model.alias],
+            replicas,
+            changed_at=pool.stepped_at.get(model.alias, -math.inf),
+            wanted_once=model.alias in pool.wanted_up,
+            now=now,
+        )
+        pool = replace(pool, wishes={**pool.wishes, model.alias: decided})
+        if decided.step is Step.NONE:
+            return pool, ""
+        before = len(effects)
+        pool, blocked = _take(pool, model, decided, now, effects)
+        if len(effects) > before:
+            pool = replace(pool, stepped_at={**pool.stepped_at, model.alias: now})
+        if blocked:
+            return pool, blocked
+    return pool, ""
+
+
+def scaling_of(policy: Policy, model: Model) -> ScalingPolicy:
+    """The policy for one model: what it says itself, else what holds for all."""
+    general = policy.scaling
+    most = policy.max_replicas if model.max_replicas is None else model.max_replicas
+    least = min(policy.min_replicas, most) if model.min_replicas is None else model.min_replicas
+    if model.pinned:
+        never = math.inf
+        return replace(
+            general,
+            min_replicas=max(1, least),
+            max_replicas=max(1, least, most),
+            idle_sleep_1_s=never,
+            idle_sleep_2_s=never,
+            idle_unload_s=never,
+        )
+    return replace(
+        general,
+        min_replicas=least,
+        max_replicas=max(1, least, most),
+        idle_sleep_1_s=_first(model.idle_sleep_1_s, general.idle_sleep_1_s),
+        idle_sleep_2_s=_first(model.idle_sleep_2_s, general.idle_sleep_2_s),
+        idle_unload_s=_first(model.idle_unload_s, general.idle_unload_s),
+    )
+
+
+def _first(own: float | None, general: float) -> float:
+    return general if own is None else own
+
+
+def _usable(pool: Pool, model: Model) -> list[Instance]:
+    return [
+        each
+        for each in pool.instances.values()
+        if each.alias == model.alias and not each.stopping and each.key == model.key and _alive(pool, each)
+    ]
+
+
+def _replica(pool: Pool, instance: Instance) -> Replica:
+    """As scaling sees it: on its way where that was ordered."""
+    state = instance.state
+    if instance.order is Step.WAKE:
+        state = InstanceState.WAKING
+    elif instance.order is not Step.NONE:
+        state = InstanceState.DRAINING
+    demand = pool.demand[instance.alias]
+    awake_since = max(demand.asked_at, instance.active_since)
+    return Replica(
+        name=instance.instance,
+        number=replica_number(instance.instance, instance.alias),
+        state=state,
+        inflight=demand.inflight(instance.instance),
+        capacity=instance.capacity,
+        idle_since=max(demand.asked_at, instance.active_since)
+        if state is InstanceState.ACTIVE
+        else instance.idle_since,
+        sleeps=instance.sleeps,
+    )
+
+
+def _stop_surplus(pool: Pool, model: Model, now: float, effects: list[Effect]) -> Pool:
+    most = scaling_of(pool.policy, model).max_replicas
+    for surplus in sorted(_usable(pool, model), key=_worth)[most:]:
+        pool = _stop(pool, key_of(surplus), f"{most} replicas are the most", now, effects)
+    return pool
+
+
+def _repeat_orders(pool: Pool, model: Model, now: float, effects: list[Effect]) -> Pool:
+    """Start failed instances again when that is due, and give orders again that nothing came of."""
+    wanted = _wanted(pool, model, now)
+    for instance in _usable(pool, model):
+        retry = wanted and has_failed(instance) and _due(instance.retry_at, 0.0, now)
         unheard = not instance.acknowledged and _due(instance.ordered_at, ORDER_RETRY_S, now)
         if retry or unheard:
             pool = _start(pool, instance, now, effects)
-    ending = {each.instance for each in instances if each.stopping and _alive(pool, each)}
-    taken = {each.instance for each in instances} - ending
-    for _ in range(len(usable), wanted):
-        name = free_name(model.alias, taken)
-        if name in ending:
-            return pool, "waits for its former instance to end"
-        choice = place(_need(model), _candidates(pool, model))
-        if isinstance(choice, Refusal):
-            return pool, choice.reason
-        taken.add(name)
-        pool = _start(pool, _new_instance(model, name, choice), now, effects)
-    return pool, ""
+        elif instance.order is not Step.NONE and _due(instance.ordered_at, ORDER_RETRY_S, now):
+            pool = _order(pool, instance, instance.order, "asked again", now, effects)
+    return pool
+
+
+def _wanted(pool: Pool, model: Model, now: float) -> bool:
+    """Whether somebody may miss it: else an instance that failed is not tried again."""
+    demand, scaling = pool.demand[model.alias], scaling_of(pool.policy, model)
+    recently = now < demand.asked_at + scaling.idle_sleep_1_s
+    return model.alias in pool.wanted_up or scaling.min_replicas > 0 or demand.busy or recently
+
+
+def _take(pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]) -> tuple[Pool, str]:
+    """One step, or what is in its way."""
+    if decided.step is Step.START:
+        return _start_another(pool, model, decided, now, effects)
+    instance = next(each for each in _usable(pool, model) if each.instance == decided.replica)
+    if decided.step is Step.UNLOAD:
+        return _stop(pool, key_of(instance), decided.reason, now, effects), ""
+    if not _due(instance.ordered_at, ORDER_RETRY_S, now) and instance.ordered_in is instance.state:
+        return pool, "its last order was refused a moment ago"
+    if decided.step is Step.WAKE:
+        pool, blocked = _room_to_wake(pool, model, instance, decided, now, effects)
+        if blocked:
+            return pool, blocked
+    return _order(pool, instance, decided.step, decided.reason, now, effects), ""
+
+
+def _order(pool: Pool, instance: Instance, step: Step, reason: str, now: float, effects: list[Effect]) -> Pool:
+    """Have it sleep or wake. Until a report shows that it began it counts as being on its way."""
+    key, state = key_of(instance), instance.state
+    again = instance.order is step
+    if step is Step.WAKE:
+        effects.append(Wake(worker_id=key[0], instance=key[1], reason=reason))
+    else:
+        effects.append(Sleep(worker_id=key[0], instance=key[1], level=_LEVEL[step], reason=reason))
+        if state is InstanceState.ACTIVE:
+            state = InstanceState.DRAINING  # no route leads there from now on
+    return change(
+        pool,
+        key,
+        state=state,
+        order=step,
+        ordered_in=instance.ordered_in if again else instance.state,
+        ordered_at=now,
+        starting_since=instance.starting_since if again else now,
+        woken_from=sleep_level(instance.state) if step is Step.WAKE and not again else instance.woken_from,
+        idle_since=pool.demand[instance.alias].asked_at if instance.alias in pool.demand else now,
+    )
+
+
+def _start_another(pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]) -> tuple[Pool, str]:
+    mine = [each for each in pool.instances.values() if each.alias == model.alias]
+    ending = {each.instance for each in mine if each.stopping and _alive(pool, each)}
+    name = free_name(model.alias, {each.instance for each in mine} - ending)
+    if name in ending:
+        return pool, "waits for its former instance to end"
+    candidates = _candidates(pool, model)
+    choice = place(_need(model), candidates)
+    if isinstance(choice, Placement):
+        return _start(pool, _new_instance(model, name, choice), now, effects), ""
+    if not decided.urgent:
+        return pool, choice.reason
+    shortfalls = {each.worker_id: shortfall(_need(model), each) for each in candidates}
+    return _make_room(pool, model, {name: short for name, short in shortfalls.items() if short}, choice, now, effects)
+
+
+def _room_to_wake(
+    pool: Pool, model: Model, instance: Instance, decided: Wish, now: float, effects: list[Effect]
+) -> tuple[Pool, str]:
+    """Nothing in the way, or what; others give way where somebody waits."""
+    candidate = next(each for each in _candidates(pool, model) if each.worker_id == instance.worker_id)
+    needed = max(0, instance.memory_bytes - instance.held_bytes)
+    short = {
+        device.index: needed - device.free_bytes
+        for device in candidate.devices
+        if device.index in instance.devices and device.free_bytes < needed
+    }
+    if not short:
+        return pool, ""
+    numbers = ", ".join(f"{bytes_ / GB:.1f} GB on device {device}" for device, bytes_ in sorted(short.items()))
+    refusal = Refusal(f"{instance.worker_id}: to wake {instance.instance} lacks {numbers}")
+    if not decided.urgent:
+        return pool, refusal.reason
+    return _make_room(pool, model, {instance.worker_id: short}, refusal, now, effects)
+
+
+def _make_room(
+    pool: Pool,
+    model: Model,
+    shortfalls: Mapping[str, Mapping[int, int]],
+    refusal: Refusal,
+    now: float,
+    effects: list[Effect],
+) -> tuple[Pool, str]:
+    """Have others give way on the worker where that costs least; say what is waited for, or why nobody can."""
+    plans: list[tuple[float, str, Plan]] = []
+    reasons = []
+    for worker_id, short in shortfalls.items():
+        here = [each for each in pool.instances.values() if each.worker_id == worker_id]
+        coming = {device: sum(_returning(each, device) for each in here) for device in short}
+        rest = {device: lacking - coming[device] for device, lacking in short.items() if lacking > coming[device]}
+        if not rest:
+            return pool, f"waits for memory that is being given back on {worker_id}"
+        result = plan(rest, [_holder(pool, each, model, now) for each in here if not _leaving(each)], model.alias)
+        if isinstance(result, NoPlan):
+            reasons.append(f"{worker_id}: {result.reason}")
+        else:
+            plans.append((result.cost, worker_id, result))
+    if not plans:
+        return pool, "; ".join([refusal.reason, *reasons])
+    _, worker_id, cheapest = min(plans, key=lambda each: each[:2])
+    for eviction in cheapest.evictions:
+        key = (worker_id, eviction.instance)
+        if eviction.step is Step.UNLOAD:
+            pool = _stop(pool, key, eviction.reason, now, effects)
+        else:
+            pool = _order(pool, pool.instances[key], eviction.step, eviction.reason, now, effects)
+    recent = tuple(at for at in pool.swaps.get(worker_id, ()) if now - at < _MINUTE_S)
+    pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(now for _ in cheapest.evictions))})
+    return pool, f"waits for {', '.join(each.instance for each in cheapest.evictions)} to give way on {worker_id}"
+
+
+def _leaving(instance: Instance) -> bool:
+    return instance.stopping or instance.order in (Step.SLEEP_1, Step.SLEEP_2) or instance.state is _DRAINING
+
+
+def _returning(instance: Instance, device: int) -> int:
+    """What it is about to give back there."""
+    return instance.memory_bytes if _leaving(instance) and device in instance.devices else 0
+
+
+def _holder(pool: Pool, instance: Instance, wanting: Model, now: float) -> Holder:
+    asleep = instance.state in _ASLEEP
+    holds = instance.held_bytes if asleep else instance.memory_bytes
+    demand = pool.demand.get(instance.alias)
+    return Holder(
+        instance=instance.instance,
+        alias=instance.alias,
+        state=instance.state,
+        holds=dict.fromkeys(instance.devices, holds),
+        ways=_ways(pool, instance, holds),
+        chance=demand.chance(SOON_S, now) if demand else 0.0,
+        kept=_kept(pool, instance, wanting, now),
+    )
+
+
+def _ways(pool: Pool, instance: Instance, holds: int) -> tuple[Way, ...]:
+    """The steps down from where it is. What a level leaves is known once it was there."""
+    start_s = pool.start_seconds.get(instance.alias, _START_GUESS_S)
+    ways = [Way(step=Step.UNLOAD, frees=dict.fromkeys(instance.devices, holds), back_s=start_s)]
+    for step, level in _LEVEL.items():
+        left = pool.held.get((instance.alias, level))
+        if instance.sleeps and level > sleep_level(instance.state) and left is not None and left < holds:
+            back_s = pool.wake_seconds.get((instance.alias, level), start_s / 2)
+            ways.append(Way(step=step, frees=dict.fromkeys(instance.devices, holds - left), back_s=back_s))
+    return tuple(ways)
+
+
+def _kept(pool: Pool, instance: Instance, wanting: Model, now: float) -> str:
+    """Why it may not give way to that model now; "" when it may."""
+    model, demand = pool.models.get(instance.alias), pool.demand.get(instance.alias)
+    if instance.alias == wanting.alias:
+        return "is the same model"
+    if instance.state in (InstanceState.STARTING, InstanceState.WAKING) or instance.order is Step.WAKE:
+        return "is on its way up"
+    if model is None or demand is None:
+        return ""
+    if model.pinned:
+        return "is pinned"
+    if instance.state in _ASLEEP:
+        return ""
+    recent = [at for at in pool.swaps.get(instance.worker_id, ()) if now - at < _MINUTE_S]
+    if len(recent) >= pool.policy.swaps_per_minute:
+        return f"stays, since {len(recent)} gave way there within a minute"
+    up_s = now - instance.active_since
+    if up_s < (turn_s := _turn_s(pool, instance)):
+        return f"is up for only {up_s:.0f} of {turn_s:.0f} s"
+    awake = [each for each in _usable(pool, model) if each.state is InstanceState.ACTIVE]
+    if len(awake) <= scaling_of(pool.policy, model).min_replicas:
+        return "is one of the replicas to be kept"
+    waiting_since = pool.demand[wanting.alias].waiting_since
+    patient = waiting_since is None or now - waiting_since < pool.policy.turn_max_s
+    if patient and (inflight := demand.inflight(instance.instance)):
+        return f"has {inflight} in flight"
+    return ""
+
+
+def _turn_s(pool: Pool, instance: Instance) -> float:
+    """How long it is left up once it came: some times what it takes to bring it back, so that swapping pays."""
+    back_s = pool.start_seconds.get(instance.alias, 0.0)
+    if instance.sleeps:
+        back_s = min([back_s, *(pool.wake_seconds[key] for key in pool.wake_seconds if key[0] == instance.alias)])
+    return min(pool.policy.turn_max_s, max(pool.policy.min_residence_s, _TURN_FACTOR * back_s))
 
 
 def ever_fits(pool: Pool, model: Model) -> bool:
@@ -215,11 +512,11 @@ def _candidates(pool: Pool, model: Model) -> list[Candidate]:
     for instance in pool.instances.values():
         if instance.alias == model.alias:
             replicas[instance.worker_id] = replicas.get(instance.worker_id, 0) + 1
+        promise, unseen = _promise(instance)
         for device in instance.devices:
             place_ = (instance.worker_id, device)
-            promised[place_] = promised.get(place_, 0) + instance.memory_bytes
-            if instance.state is InstanceState.STARTING:
-                loading[place_] = loading.get(place_, 0) + instance.memory_bytes
+            promised[place_] = promised.get(place_, 0) + promise
+            loading[place_] = loading.get(place_, 0) + unseen
     return [
         Candidate(
             worker_id=worker.worker_id,
@@ -244,6 +541,17 @@ def _candidates(pool: Pool, model: Model) -> list[Candidate]:
     ]
 
 
+def _promise(instance: Instance) -> tuple[int, int]:
+    """What is set aside for it on each of its devices, and how much of that cannot be seen there yet."""
+    asleep = instance.state in _ASLEEP and instance.order is not Step.WAKE
+    promise = instance.held_bytes if asleep else instance.memory_bytes
+    if instance.state is InstanceState.STARTING:
+        return promise, promise
+    if instance.state is InstanceState.WAKING or instance.order is Step.WAKE:
+        return promise, max(0, promise - instance.held_bytes)
+    return promise, 0
+
+
 def next_deadline(pool: Pool) -> float | None:
     """When `Tick` is due although nothing else happens; None when time alone changes nothing."""
     times: list[float] = [pool.recover_until] if pool.recovering else []
@@ -254,10 +562,12 @@ def next_deadline(pool: Pool) -> float | None:
             continue
         if instance.retry_at is not None:
             times.append(instance.retry_at)
-        if instance.ordered_at is not None and (instance.stopping or not instance.acknowledged):
+        open_ = instance.stopping or not instance.acknowledged or instance.order is not Step.NONE
+        if instance.ordered_at is not None and open_:
             times.append(instance.ordered_at + ORDER_RETRY_S)
         if instance.unwanted_since is not None and not instance.stopping:
             times.append(instance.unwanted_since + UNWANTED_GRACE_S)
+    times += [decided.due for decided in pool.wishes.values() if decided.due < math.inf]
     return min(times, default=None)
 
 

@@ -93,11 +93,11 @@ def wish(
     """The next step. `changed_at`: when the last was taken; `wanted_once`: it was not up since it was registered."""
     active = [each for each in replicas if each.state is _S.ACTIVE]
     coming = [each for each in replicas if each.state in _COMING]
-    there = len(active) + len(coming)
+    there = len(active) + len(coming) + sum(each.state is _S.FAILED for each in replicas)
     least = min(max(policy.min_replicas, 1 if wanted_once else 0), policy.max_replicas)
     if there < least:
-        return _bring(replicas, f"{there} of at least {least} replicas are there")
-    if not there and demand.waiting:
+        return _bring(replicas, f"{there} of at least {least} replicas are there", urgent=policy.min_replicas > there)
+    if demand.waiting and not active and not coming:
         return _bring(replicas, f"{_requests(demand.waiting)} for it, and it is not awake", urgent=True)
     cooled = changed_at + policy.cooldown_s
     if active and (scaled := _by_load(policy, demand, replicas, active, coming, least, cooled, now)):
@@ -169,11 +169,15 @@ def _standing(demand: Demand, active: Sequence[Replica], replicas: Sequence[Repl
 
 
 def _bring(replicas: Sequence[Replica], reason: str, *, urgent: bool = False) -> Wish:
-    """Wake the one that sleeps lightest, else start another."""
+    """Wake the one that sleeps lightest, else start another; not beside one that falls asleep or is tried again."""
     for state in (_S.SLEEP_1, _S.SLEEP_2):
         for each in sorted(replicas, key=lambda each: each.number):
             if each.state is state:
                 return Wish(step=Step.WAKE, replica=each.name, reason=reason, urgent=urgent)
+    for state, what in ((_S.DRAINING, "falls asleep, and is woken then"), (_S.FAILED, "failed, and is tried again")):
+        for each in replicas:
+            if each.state is state:
+                return Wish(step=Step.NONE, reason=f"{reason}; {each.name} {what}")
     return Wish(step=Step.START, reason=reason, urgent=urgent)
 
 
