@@ -330,7 +330,8 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
         merged[key] = _merge(pool.policy, None if new_process else known, known, report, event.worker_id, now)
         if known and known.state is InstanceState.STARTING and report.state is InstanceState.ACTIVE:
             started[report.alias] = now - known.starting_since
-        if known and known.order is Step.WAKE and report.state is InstanceState.ACTIVE:
+        waking = known is not None and (known.order is Step.WAKE or known.state is InstanceState.WAKING)
+        if known and waking and report.state is InstanceState.ACTIVE:
             woken[report.alias, known.woken_from] = now - known.starting_since
     lost = {
         each.alias

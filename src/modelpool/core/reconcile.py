@@ -33,6 +33,8 @@ from modelpool.core.scaling import Replica, ScalingPolicy, Step, Wish, wish
 ORDER_RETRY_S = 5.0
 """An order whose effect has not shown up in a report by then is given again."""
 _STEPS_MAX = 64
+_RECHECK_S = 1.0
+"""While somebody waits for memory: how often it is looked whether who holds it may go now."""
 _MINUTE_S = 60.0
 _START_GUESS_S = 10.0
 _TURN_FACTOR = 4.0
@@ -150,7 +152,8 @@ def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tup
         if len(effects) > before:
             pool = replace(pool, stepped_at={**pool.stepped_at, model.alias: now})
         if blocked:
-            return pool, blocked
+            waits = replace(decided, due=now + _RECHECK_S if decided.urgent else decided.due)
+            return replace(pool, wishes={**pool.wishes, model.alias: waits}), blocked
     return pool, ""
 
 
@@ -206,9 +209,7 @@ def _replica(pool: Pool, instance: Instance) -> Replica:
         state=state,
         inflight=demand.inflight(instance.instance),
         capacity=instance.capacity,
-        idle_since=max(demand.asked_at, instance.active_since)
-        if state is InstanceState.ACTIVE
-        else instance.idle_since,
+        idle_since=awake_since if state is InstanceState.ACTIVE else instance.idle_since,
         sleeps=instance.sleeps,
     )
 

@@ -95,10 +95,10 @@ def wish(
     coming = [each for each in replicas if each.state in _COMING]
     there = len(active) + len(coming) + sum(each.state is _S.FAILED for each in replicas)
     least = min(max(policy.min_replicas, 1 if wanted_once else 0), policy.max_replicas)
-    if there < least:
-        return _bring(replicas, f"{there} of at least {least} replicas are there", urgent=policy.min_replicas > there)
     if demand.waiting and not active and not coming:
         return _bring(replicas, f"{_requests(demand.waiting)} for it, and it is not awake", urgent=True)
+    if there < least:
+        return _bring(replicas, f"{there} of at least {least} replicas are there", urgent=policy.min_replicas > there)
     cooled = changed_at + policy.cooldown_s
     if active and (scaled := _by_load(policy, demand, replicas, active, coming, least, cooled, now)):
         return scaled

@@ -1,0 +1,315 @@
+"""The whole controller: models that share less memory than they need, told as stories, then in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelpool.core.demand import Seen
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.placement import GB
+from modelpool.core.pool import (
+    DemandHeard,
+    Device,
+    Event,
+    Model,
+    ModelRegistered,
+    OrderAnswered,
+    OrderRefused,
+    Policy,
+    Pool,
+    Report,
+    Tick,
+    WorkerReported,
+)
+from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Sleep, Start, Stop, Wake, next_deadline, step
+from modelpool.core.scaling import ScalingPolicy
+
+S = InstanceState
+POLICY = Policy(
+    scaling=ScalingPolicy(idle_sleep_1_s=100, idle_sleep_2_s=200, idle_unload_s=300, cooldown_s=10),
+    min_residence_s=5,
+    heartbeat_timeout_s=1e9,
+    turn_max_s=30,
+)
+TOTAL = 10 * GB
+
+
+def model(alias: str, gb: int = 6, *, pinned: bool = False, least: int | None = None) -> Model:
+    return Model(
+        alias=alias, key=alias, engine="fake", created=0, memory_bytes=gb * GB, pinned=pinned, min_replicas=least
+    )
+
+
+def report(alias: str, state: S = S.ACTIVE, *, gb: float = 6, held: float = 0, sleeps: bool = True) -> Report:
+    return Report(
+        instance=alias,
+        alias=alias,
+        key=alias,
+        state=state,
+        devices=(0,),
+        memory_bytes=int(gb * GB),
+        held_bytes=int(held * GB),
+        capacity=10,
+        sleeps=sleeps,
+    )
+
+
+def heard(*reports: Report) -> WorkerReported:
+    used = sum(each.held_bytes if each.state in (S.SLEEP_1, S.SLEEP_2) else each.memory_bytes for each in reports)
+    device = Device(index=0, kind="cuda", total_bytes=TOTAL, free_bytes=TOTAL - used)
+    return WorkerReported(worker_id="w", incarnation="1", devices=(device,), engines={"fake": ""}, reports=reports)
+
+
+def asked(**waiting: int) -> DemandHeard:
+    return DemandHeard("g", {alias: Seen(waiting=count, requests=count) for alias, count in waiting.items()})
+
+
+def serving(**inflight: int) -> DemandHeard:
+    seen = {alias: Seen(inflight={alias: count}, requests=count) for alias, count in inflight.items()}
+    return DemandHeard("g", seen)
+
+
+def play(*events: tuple[float, Event], pool: Pool | None = None) -> tuple[Pool, Sequence[Effect]]:
+    """The pool after the events, and the effects of the last one."""
+    pool = pool or Pool(policy=POLICY)
+    effects: Sequence[Effect] = ()
+    for now, event in events:
+        pool, effects = step(pool, event, now)
+    return pool, effects
+
+
+def told(effects: Sequence[Effect]) -> list[tuple[str, str]]:
+    words = {Start: "start", Stop: "stop", Wake: "wake"}
+    return [
+        (f"sleep {each.level}" if isinstance(each, Sleep) else words[type(each)], each.instance) for each in effects
+    ]
+
+
+def up(*aliases: str, gb: int = 6) -> Pool:
+    """At time 0 these run, and nobody asks for them."""
+    events: list[tuple[float, Event]] = [(0, ModelRegistered(model(alias, gb))) for alias in aliases]
+    pool, _ = play(*events, (0, heard(*(report(alias, gb=gb) for alias in aliases))))
+    return pool
+
+
+def test_who_is_idle_goes_down_the_ladder_and_stays_registered() -> None:
+    pool, effects = play((99, Tick()), pool=up("a"))
+    assert effects == ()
+    assert next_deadline(pool) == 100
+    pool, effects = play((100, Tick()), pool=pool)
+    assert told(effects) == [("sleep 1", "a")]
+    assert pool.instances["w", "a"].state is S.DRAINING
+    pool, effects = play((101, heard(report("a", S.SLEEP_1, held=1))), (199, Tick()), pool=pool)
+    assert effects == ()
+    pool, effects = play((200, heard(report("a", S.SLEEP_1, held=1))), pool=pool)
+    assert told(effects) == [("sleep 2", "a")]
+    pool, effects = play(
+        (201, heard(report("a", S.SLEEP_2, held=0.5))), (300, heard(report("a", S.SLEEP_2))), pool=pool
+    )
+    assert told(effects) == [("stop", "a")]
+    pool, effects = play((301, heard()), pool=pool)
+    assert (effects, list(pool.models), dict(pool.instances)) == ((), ["a"], {})
+
+
+def test_a_request_wakes_it_and_another_starts_it() -> None:
+    pool, _ = play((100, heard(report("a"))), (101, heard(report("a", S.SLEEP_1, held=1))), pool=up("a"))
+    pool, effects = play((110, asked(a=1)), pool=pool)
+    assert told(effects) == [("wake", "a")]
+    pool, effects = play((111, heard(report("a", S.SLEEP_1, held=1))), (112, asked(a=2)), pool=pool)
+    assert effects == ()  # a report from before the order
+    pool, _ = play((113, heard(report("a", S.WAKING, held=1))), (115, heard(report("a"))), pool=pool)
+    assert pool.wake_seconds["a", 1] == 5
+    gone, _ = play((300, heard()), (301, heard()), pool=pool)
+    _, effects = play((310, asked(a=1)), pool=gone)
+    assert told(effects) == [("start", "a")]
+
+
+def test_an_order_without_an_effect_is_given_again() -> None:
+    pool, _ = play((100, heard(report("a"))), pool=up("a"))
+    pool, effects = play((101, heard(report("a"))), (102, Tick()), pool=pool)
+    assert effects == ()
+    pool, effects = play((100 + ORDER_RETRY_S, Tick()), pool=pool)
+    assert told(effects) == [("sleep 1", "a")]
+    _, effects = play((106, OrderAnswered(("w", "a"))), (107, heard(report("a", S.DRAINING))), (120, Tick()), pool=pool)
+    assert effects == ()
+
+
+def test_a_refused_sleep_leaves_it_as_it_was_and_is_tried_later() -> None:
+    pool, _ = play((100, heard(report("a"))), (100, OrderRefused(("w", "a"), "requests did not end")), pool=up("a"))
+    assert pool.instances["w", "a"].state is S.ACTIVE
+    pool, effects = play((101, Tick()), pool=pool)
+    assert effects == ()
+    _, effects = play((100 + ORDER_RETRY_S, heard(report("a"))), pool=pool)
+    assert told(effects) == [("sleep 1", "a")]
+
+
+def test_who_waits_takes_the_place_of_who_is_idle_once_that_has_given_its_memory_back() -> None:
+    pool, effects = play((1, ModelRegistered(model("b"))), pool=up("a"))
+    assert effects == ()  # nobody asks for it: nobody gives way
+    pool, effects = play((20, heard(report("a"))), (20, asked(b=1)), pool=pool)
+    assert told(effects) == [("stop", "a")]
+    assert "waits for a to give way" in pool.shortages["b"]
+    pool, effects = play((21, heard(report("a", S.DRAINING))), (22, asked(b=2)), pool=pool)
+    assert effects == ()
+    pool, effects = play((23, heard()), pool=pool)
+    assert told(effects) == [("start", "b")]
+
+
+def test_sleep_is_enough_once_it_is_known_what_it_leaves() -> None:
+    pool, _ = play((100, heard(report("a"))), (101, heard(report("a", S.SLEEP_1, held=1))), pool=up("a"))
+    pool, _ = play((102, asked(a=1)), (103, heard(report("a"))), (104, serving()), pool=pool)
+    pool, effects = play((105, ModelRegistered(model("b"))), (120, asked(b=1)), pool=pool)
+    assert told(effects) == [("sleep 1", "a")]
+    _, effects = play((121, heard(report("a", S.SLEEP_1, held=1))), pool=pool)
+    assert told(effects) == [("start", "b")]
+
+
+def test_who_is_busy_is_left_alone_for_a_turn_and_drained_then() -> None:
+    pool, _ = play((1, ModelRegistered(model("b"))), (10, serving(a=3)), pool=up("a"))
+    both = DemandHeard("g", {"a": Seen(inflight={"a": 3}), "b": Seen(waiting=1)})
+    pool, effects = play((20, both), (49, heard(report("a"))), (49, both), pool=pool)
+    assert effects == ()
+    assert "a (ACTIVE) holds 6.0 GB, has 3 in flight" in pool.shortages["b"]
+    pool, effects = play((20 + POLICY.turn_max_s, both), pool=pool)
+    assert told(effects) == [("stop", "a")]
+
+
+def test_who_came_up_a_moment_ago_stays_for_a_while() -> None:
+    pool, effects = play((1, ModelRegistered(model("b"))), (3, asked(b=1)), pool=up("a"))
+    assert effects == ()
+    assert "is up for only 3 of 5 s" in pool.shortages["b"]
+    assert next_deadline(pool) == 4
+    _, effects = play((5, Tick()), pool=pool)
+    assert told(effects) == [("stop", "a")]
+
+
+def test_what_is_pinned_or_kept_never_gives_way() -> None:
+    pinned, _ = play((0, ModelRegistered(model("a", pinned=True))), (0, heard(report("a"))))
+    pool, effects = play(
+        (1000, heard(report("a"))), (1000, ModelRegistered(model("b"))), (1001, asked(b=1)), pool=pinned
+    )
+    assert effects == ()
+    assert "is pinned" in pool.shortages["b"]
+    kept, _ = play((0, ModelRegistered(model("a", least=1))), (0, heard(report("a"))))
+    pool, effects = play((1000, heard(report("a"))), (1000, ModelRegistered(model("b"))), (1001, asked(b=1)), pool=kept)
+    assert effects == ()
+    assert "to be kept" in pool.shortages["b"]
+
+
+# ---------------------------------------------------------------- any order of events
+
+
+class Machine:
+    """One worker with a device that really runs out of memory, in the hands of hypothesis."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.now = 0.0
+        self.sizes = sizes
+        self.states: dict[str, S] = {}
+        self.orders: list[Effect] = []
+        self.waiting = dict.fromkeys(sizes, 0)
+        self.pool = Pool(policy=POLICY)
+        for alias, gb in sizes.items():
+            self.happens(ModelRegistered(model(alias, gb)))
+        self.report()
+
+    def held(self, instance: str) -> int:
+        full = self.sizes[instance.partition("-r")[0]] * GB
+        return {S.SLEEP_1: full // 4, S.SLEEP_2: full // 10}.get(self.states[instance], full)
+
+    @property
+    def used(self) -> int:
+        return sum(map(self.held, self.states))
+
+    def happens(self, event: Event) -> None:
+        self.pool, effects = step(self.pool, event, self.now)
+        self.orders += effects
+
+    def report(self) -> None:
+        device = Device(index=0, kind="cuda", total_bytes=TOTAL, free_bytes=TOTAL - self.used)
+        reports = tuple(
+            Report(
+                instance=name,
+                alias=name.partition("-r")[0],
+                key=name.partition("-r")[0],
+                state=state,
+                devices=(0,),
+                memory_bytes=self.sizes[name.partition("-r")[0]] * GB,
+                held_bytes=self.held(name) if state in (S.SLEEP_1, S.SLEEP_2) else 0,
+                capacity=4,
+                sleeps=True,
+            )
+            for name, state in self.states.items()
+        )
+        self.happens(
+            WorkerReported(worker_id="w", incarnation="1", devices=(device,), engines={"fake": ""}, reports=reports)
+        )
+
+    def obey(self, count: int) -> None:
+        """Carry out the oldest orders. Memory is taken at once, and must be there."""
+        todo, self.orders = self.orders[:count], self.orders[count:]
+        for order in todo:
+            name = order.instance
+            if isinstance(order, Start):
+                self.states.setdefault(name, S.STARTING)
+            elif name not in self.states:
+                continue
+            elif isinstance(order, Stop):
+                del self.states[name]
+            elif isinstance(order, Sleep):
+                if self.states[name] is not S.SLEEP_2:
+                    self.states[name] = S.SLEEP_1 if order.level == 1 else S.SLEEP_2
+            elif self.states[name] in (S.SLEEP_1, S.SLEEP_2):
+                self.states[name] = S.WAKING
+            assert self.used <= TOTAL, f"{order} takes more memory than there is: {self.states}"
+
+    def finish(self) -> None:
+        for name, state in self.states.items():
+            if state in (S.STARTING, S.WAKING):
+                self.states[name] = S.ACTIVE
+
+    def ask(self) -> None:
+        for alias in self.sizes:
+            if any(name.partition("-r")[0] == alias and state is S.ACTIVE for name, state in self.states.items()):
+                self.waiting[alias] = 0  # served
+        self.happens(DemandHeard("g", {alias: Seen(waiting=count) for alias, count in self.waiting.items() if count}))
+
+
+actions = st.lists(
+    st.tuples(st.sampled_from(["ask", "obey", "finish", "report", "wait"]), st.sampled_from("abc"), st.integers(1, 4)),
+    max_size=60,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(actions, st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10)))
+def test_memory_is_never_promised_twice_and_whoever_waits_is_served_in_the_end(
+    script: list[tuple[str, str, int]], sizes: tuple[int, int, int]
+) -> None:
+    machine = Machine(dict(zip("abc", sizes, strict=True)))
+    for action, alias, number in script:
+        machine.now += 0.9
+        if action == "ask":
+            machine.waiting[alias] += number
+            machine.ask()
+        elif action == "obey":
+            machine.obey(number)
+        elif action == "finish":
+            machine.finish()
+        elif action == "report":
+            machine.report()
+        else:
+            machine.now += 25 * number
+            machine.report()
+            machine.happens(Tick())
+    for _ in range(60):
+        machine.now += 6
+        machine.obey(100)
+        machine.finish()
+        machine.report()
+        machine.ask()
+        machine.report()
+    assert machine.waiting == {"a": 0, "b": 0, "c": 0}
