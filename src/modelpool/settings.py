@@ -133,6 +133,23 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     instance_capacity: Annotated[int, Meta(ge=1)] | None = None
     min_replicas: Annotated[int, Meta(ge=0)] = 0
     max_replicas: Annotated[int, Meta(ge=1)] = 4
+    load_high: Annotated[float, Meta(gt=0, le=10)] = 0.7
+    """Load (in flight / capacity) above which another replica is brought up."""
+    load_low: Annotated[float, Meta(ge=0, le=10)] = 0.3
+    scale_interval_s: Seconds = 5.0
+    """Load is an average over about this long."""
+    cooldown_s: SecondsOrNone = 30.0
+    """Between two changes for the load of one model."""
+    idle_sleep_1_s: SecondsOrNone = 300.0
+    """Without a request for so long, an instance goes down to this level."""
+    idle_sleep_2_s: SecondsOrNone = 900.0
+    idle_unload_s: SecondsOrNone = 3600.0
+    min_residence_s: SecondsOrNone = 10.0
+    """What was brought up is not made to give way before this."""
+    turn_max_s: Seconds = 30.0
+    """A request waits no longer than this for a busy model that is in its way."""
+    swaps_per_minute: Annotated[int, Meta(ge=1)] = 12
+    """On one worker, to make room for others."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,6 +232,16 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODEL_INSTANCE_CAPACITY", "models.instance_capacity"),
     ("MODEL_MIN_REPLICAS", "models.min_replicas"),
     ("MODEL_MAX_REPLICAS", "models.max_replicas"),
+    ("MODEL_LOAD_HIGH", "models.load_high"),
+    ("MODEL_LOAD_LOW", "models.load_low"),
+    ("MODEL_SCALE_INTERVAL", "models.scale_interval_s"),
+    ("MODEL_COOLDOWN", "models.cooldown_s"),
+    ("MODEL_IDLE_SLEEP_1", "models.idle_sleep_1_s"),
+    ("MODEL_IDLE_SLEEP_2", "models.idle_sleep_2_s"),
+    ("MODEL_IDLE_UNLOAD", "models.idle_unload_s"),
+    ("MODEL_MIN_RESIDENCE", "models.min_residence_s"),
+    ("MODEL_TURN_MAX", "models.turn_max_s"),
+    ("MODEL_SWAPS_PER_MINUTE", "models.swaps_per_minute"),
 )
 
 

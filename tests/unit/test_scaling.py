@@ -77,7 +77,7 @@ def test_little_load_puts_the_least_busy_replica_to_sleep_if_the_others_can_take
     calm = [replica(1, S.ACTIVE, inflight=3), replica(2, S.ACTIVE, inflight=1)]
     assert decide(calm, demand(m=3)).replica == "m-r2"
     tight = ScalingPolicy(load_high=0.4, load_low=0.3)
-    assert decide(calm, demand(m=3), policy=tight).step is Step.NONE
+    assert decide(calm, demand(m=3, m_r2=1), policy=tight).step is Step.NONE
 
 
 def test_who_is_not_asked_for_goes_down_step_by_step() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
+from modelpool.core.demand import Demand
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Instance, Model, Pool, Worker
 from modelpool.manager.views import Known, WorkerFacts, entry, instances_by_alias, model_view
@@ -43,6 +44,7 @@ def known(
             models={"m": model},
             workers={"w": worker},
             instances={("w", each.instance): each for each in instances},
+            demand={"m": Demand(asked_at=0.0)},
             **pool,  # type: ignore[arg-type]
         ),
         specs={"m": SPEC},
@@ -51,6 +53,12 @@ def known(
         },
         now=100.0,
     )
+
+
+SHORT: dict[str, object] = {
+    "shortages": {"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"},
+    "hopeless": frozenset({"m"}),
+}
 
 
 def instance(name: str = "m", state: S = S.ACTIVE, **fields: object) -> Instance:
@@ -124,7 +132,7 @@ def test_replicas_are_in_the_order_of_their_numbers() -> None:
 def test_without_a_worker_or_room_no_worker_is_available() -> None:
     assert unavailable(known(alive=False))[0] == "no_available_worker"
     assert "w: its process has ended" in unavailable(known(alive=False))[1]
-    code, message, _ = unavailable(known(shortages={"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"}))
+    code, message, _ = unavailable(known(**SHORT))
     assert code == "no_available_worker"
     assert "no worker can take it: w: needs 8.0 GB" in message
 
@@ -162,7 +170,15 @@ def test_what_cannot_start_is_not_on_its_way() -> None:
     for state, retry_at in ((S.FAILED, 101.0), (S.STARTING, None)):
         broken = instance(state=state, retry_at=retry_at, failures=1, permanent=True, reason="no such file")
         assert not on_its_way(known(broken))
-    assert not on_its_way(known(shortages={"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"}))
+    assert not on_its_way(known(**SHORT))
+
+
+def test_what_waits_until_others_give_way_is_on_its_way() -> None:
+    waiting = known(shortages={"m": "waits for n to give way on w"})
+    assert on_its_way(waiting)
+    assert "it is not ready: waits for n to give way" in unavailable(waiting)[1].replace("The model `m` is", "it is")
+    for state in (S.SLEEP_1, S.SLEEP_2, S.WAKING, S.DRAINING):
+        assert on_its_way(known(instance(state=state)))
 
 
 def test_a_worker_that_died_a_moment_ago_may_be_back_and_one_that_is_silent_may_not() -> None:

@@ -30,6 +30,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     rate: float = 0.0
     """Requests a second, as of `rated_at`."""
     rated_at: float = 0.0
+    mean_inflight: float = 0.0
+    """All that is in flight, averaged over the last seconds, as of `rated_at`."""
 
     @property
     def waiting(self) -> int:
@@ -39,6 +41,11 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
         return sum(seen.inflight.get(instance, 0) for seen in self.gateways.values())
 
     @property
+    def total(self) -> int:
+        """All that is in flight."""
+        return sum(sum(seen.inflight.values()) for seen in self.gateways.values())
+
+    @property
     def busy(self) -> bool:
         return any(seen.waiting or any(seen.inflight.values()) for seen in self.gateways.values())
 
@@ -46,21 +53,25 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
         """Requests a second; it fades while none comes."""
         return self.rate * math.exp(-max(0.0, now - self.rated_at) / RATE_OVER_S)
 
+    def mean_at(self, now: float, over_s: float) -> float:
+        """All that is in flight, averaged over about `over_s`."""
+        return self.total + (self.mean_inflight - self.total) * math.exp(-max(0.0, now - self.rated_at) / over_s)
+
     def chance(self, within_s: float, now: float) -> float:
         """Of a request within so many seconds, if they go on coming as they did lately; 1 while any is there."""
         return 1.0 if self.busy else 1.0 - math.exp(-self.rate_at(now) * within_s)
 
 
-def heard(demand: Demand, gateway: str, seen: Seen, now: float) -> Demand:
-    """What a gateway says now, in the place of what it said before."""
-    gateways = {**demand.gateways, gateway: replace(seen, requests=0)}
-    there = replace(demand, gateways=gateways)
+def heard(demand: Demand, gateway: str, seen: Seen, now: float, *, over_s: float = 5.0) -> Demand:
+    """What a gateway says now, in the place of what it said before. What is in flight is averaged over `over_s`."""
+    there = replace(demand, gateways={**demand.gateways, gateway: replace(seen, requests=0)})
     return replace(
         there,
         asked_at=now if seen.requests or there.busy else demand.asked_at,
         waiting_since=(now if demand.waiting_since is None else demand.waiting_since) if there.waiting else None,
         rate=demand.rate_at(now) + seen.requests / RATE_OVER_S,
         rated_at=now,
+        mean_inflight=there.mean_at(now, over_s),
     )
 
 

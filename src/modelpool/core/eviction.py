@@ -29,7 +29,10 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance that holds memory. `kept`: why it may not give way, "" when it may. `chance`: of a request soon."""
+    """An instance that holds memory. `chance`: of a request soon.
+
+    `kept`: why it may not give way, "" when it may; `for_now`: it may later.
+    """
 
     instance: str
     alias: str
@@ -38,6 +41,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     ways: tuple[Way, ...] = ()
     chance: float = 0.0
     kept: str = ""
+    for_now: bool = False
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +58,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoPlan(msgspec.Struct, frozen=True):
-    """Nothing helps; `reason` says who holds how much, and why they may not go."""
+    """Nothing helps; `reason` says who holds how much, and why they may not go. `for_now`: later there may be a way."""
 
     reason: str
+    for_now: bool = False
 
 
 def plan(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) -> Plan | NoPlan:
@@ -77,7 +82,12 @@ def plan(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) ->
         if before is None or _gain(way, short) > _gain(before[1], short):
             taken[holder.instance] = (holder, way)
     if not _covered(short, taken):
-        return NoPlan(_who_holds(short, holders))
+        kept = {each.instance for each in holders if each.kept and not each.for_now}
+        most = {
+            each.instance: (each, max(each.ways, key=lambda way: _gain(way, short))) for each in holders if each.ways
+        }
+        in_the_end = {name: pair for name, pair in most.items() if name not in kept}
+        return NoPlan(_who_holds(short, holders), for_now=_covered(short, in_the_end))
     for instance, pair in sorted(taken.items(), key=lambda item: -item[1][0].chance * item[1][1].back_s):
         rest = {name: each for name, each in taken.items() if name != instance}
         if _covered(short, rest):

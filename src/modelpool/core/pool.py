@@ -128,6 +128,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     instances: Mapping[Key, Instance] = {}
     shortages: Mapping[str, str] = {}
     """alias → why a wanted replica of it runs nowhere."""
+    hopeless: frozenset[str] = frozenset()
+    """Those of them that waiting does not help: nobody may give way."""
     start_seconds: Mapping[str, float] = {}
     """alias → how long its last start took."""
     wake_seconds: Mapping[tuple[str, int], float] = {}
@@ -302,10 +304,12 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
 
 def _demanded(pool: Pool, gateway: str, seen: Mapping[str, Seen], now: float) -> Pool:
     """A model that a gateway says nothing of has nothing there."""
-    demand = {
-        alias: heard(each, gateway, seen[alias], now) if alias in seen else forgotten(each, gateway)
-        for alias, each in pool.demand.items()
-    }
+    demand = dict(pool.demand)
+    for alias, each in pool.demand.items():
+        if alias in seen or gateway in each.gateways:
+            demand[alias] = heard(
+                each, gateway, seen.get(alias, Seen()), now, over_s=pool.policy.scaling.averaged_over_s
+            )
     return replace(pool, demand=demand)
 
 

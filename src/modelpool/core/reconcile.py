@@ -40,6 +40,7 @@ _START_GUESS_S = 10.0
 _TURN_FACTOR = 4.0
 _LEVEL = {Step.SLEEP_1: 1, Step.SLEEP_2: 2}
 _DRAINING = InstanceState.DRAINING
+_DOWN = (InstanceState.SLEEP_1, InstanceState.SLEEP_2, InstanceState.DRAINING, InstanceState.UNLOADED)
 _ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 
 
@@ -84,11 +85,21 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     effects: list[Effect] = []
     pool = _stop_unwanted(pool, now, effects)
     shortages: dict[str, str] = {}
+    hopeless: set[str] = set()
     for model in sorted(pool.models.values(), key=lambda each: _urgency(pool, each)):
         pool, shortage = _advance(pool, model, now, effects)
-        if shortage:
-            shortages[model.alias] = shortage
-    return replace(pool, shortages=shortages), tuple(effects)
+        if shortage is not None:
+            shortages[model.alias] = shortage.reason
+        if shortage is not None and shortage.hopeless:
+            hopeless.add(model.alias)
+    return replace(pool, shortages=shortages, hopeless=frozenset(hopeless)), tuple(effects)
+
+
+class Shortage(msgspec.Struct, frozen=True):
+    """What keeps a step from being taken. `hopeless`: it will not pass by itself, nor because somebody asks."""
+
+    reason: str
+    hopeless: bool = False
 
 
 def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
@@ -97,12 +108,12 @@ def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
     return (math.inf if since is None else since, model.created, model.alias)
 
 
-def replicas_wanted(policy: Policy, model: Model) -> int:
-    """At least one for a registered model, `min_replicas` when that is more, never above `max_replicas`."""
-    if model.min_replicas is not None:
-        return max(1, model.min_replicas)
-    most = policy.max_replicas if model.max_replicas is None else model.max_replicas
-    return max(1, min(policy.min_replicas, most))
+def replicas_wanted(pool: Pool, model: Model) -> int:
+    """How many there are to be now: those to be kept, one for who asks, and those that load brought up."""
+    least = scaling_of(pool.policy, model).min_replicas
+    asked = model.alias in pool.wanted_up or pool.demand[model.alias].waiting > 0
+    up = [_replica(pool, each) for each in _usable(pool, model)]
+    return max(least, 1 if asked else 0, sum(each.state not in _DOWN for each in up))
 
 
 def _stop_unwanted(pool: Pool, now: float, effects: list[Effect]) -> Pool:
@@ -130,7 +141,7 @@ def _stop(pool: Pool, key: Key, reason: str, now: float, effects: list[Effect]) 
     return change(pool, key, stopping=True, ordered_at=now)
 
 
-def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tuple[Pool, str]:
+def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tuple[Pool, Shortage | None]:
     """Take the steps of one model that are due, and say what keeps it from another one."""
     pool = _stop_surplus(pool, model, now, effects)
     pool = _repeat_orders(pool, model, now, effects)
@@ -146,7 +157,7 @@ def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tup
         )
         pool = replace(pool, wishes={**pool.wishes, model.alias: decided})
         if decided.step is Step.NONE:
-            return pool, ""
+            return pool, None
         before = len(effects)
         pool, blocked = _take(pool, model, decided, now, effects)
         if len(effects) > before:
@@ -154,7 +165,7 @@ def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tup
         if blocked:
             waits = replace(decided, due=now + _RECHECK_S if decided.urgent else decided.due)
             return replace(pool, wishes={**pool.wishes, model.alias: waits}), blocked
-    return pool, ""
+    return pool, None
 
 
 def scaling_of(policy: Policy, model: Model) -> ScalingPolicy:
@@ -241,20 +252,20 @@ def _wanted(pool: Pool, model: Model, now: float) -> bool:
     return model.alias in pool.wanted_up or scaling.min_replicas > 0 or demand.busy or recently
 
 
-def _take(pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]) -> tuple[Pool, str]:
+def _take(pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]) -> tuple[Pool, Shortage | None]:
     """One step, or what is in its way."""
     if decided.step is Step.START:
         return _start_another(pool, model, decided, now, effects)
     instance = next(each for each in _usable(pool, model) if each.instance == decided.replica)
     if decided.step is Step.UNLOAD:
-        return _stop(pool, key_of(instance), decided.reason, now, effects), ""
+        return _stop(pool, key_of(instance), decided.reason, now, effects), None
     if not _due(instance.ordered_at, ORDER_RETRY_S, now) and instance.ordered_in is instance.state:
-        return pool, "its last order was refused a moment ago"
+        return pool, Shortage("its last order was refused a moment ago")
     if decided.step is Step.WAKE:
         pool, blocked = _room_to_wake(pool, model, instance, decided, now, effects)
         if blocked:
             return pool, blocked
-    return _order(pool, instance, decided.step, decided.reason, now, effects), ""
+    return _order(pool, instance, decided.step, decided.reason, now, effects), None
 
 
 def _order(pool: Pool, instance: Instance, step: Step, reason: str, now: float, effects: list[Effect]) -> Pool:
@@ -280,25 +291,27 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, now: float, 
     )
 
 
-def _start_another(pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]) -> tuple[Pool, str]:
+def _start_another(
+    pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]
+) -> tuple[Pool, Shortage | None]:
     mine = [each for each in pool.instances.values() if each.alias == model.alias]
     ending = {each.instance for each in mine if each.stopping and _alive(pool, each)}
     name = free_name(model.alias, {each.instance for each in mine} - ending)
     if name in ending:
-        return pool, "waits for its former instance to end"
+        return pool, Shortage("waits for its former instance to end")
     candidates = _candidates(pool, model)
     choice = place(_need(model), candidates)
     if isinstance(choice, Placement):
-        return _start(pool, _new_instance(model, name, choice), now, effects), ""
+        return _start(pool, _new_instance(model, name, choice), now, effects), None
     if not decided.urgent:
-        return pool, choice.reason
+        return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model))
     shortfalls = {each.worker_id: shortfall(_need(model), each) for each in candidates}
     return _make_room(pool, model, {name: short for name, short in shortfalls.items() if short}, choice, now, effects)
 
 
 def _room_to_wake(
     pool: Pool, model: Model, instance: Instance, decided: Wish, now: float, effects: list[Effect]
-) -> tuple[Pool, str]:
+) -> tuple[Pool, Shortage | None]:
     """Nothing in the way, or what; others give way where somebody waits."""
     candidate = next(each for each in _candidates(pool, model) if each.worker_id == instance.worker_id)
     needed = max(0, instance.memory_bytes - instance.held_bytes)
@@ -308,11 +321,11 @@ def _room_to_wake(
         if device.index in instance.devices and device.free_bytes < needed
     }
     if not short:
-        return pool, ""
+        return pool, None
     numbers = ", ".join(f"{bytes_ / GB:.1f} GB on device {device}" for device, bytes_ in sorted(short.items()))
     refusal = Refusal(f"{instance.worker_id}: to wake {instance.instance} lacks {numbers}")
     if not decided.urgent:
-        return pool, refusal.reason
+        return pool, Shortage(refusal.reason)
     return _make_room(pool, model, {instance.worker_id: short}, refusal, now, effects)
 
 
@@ -323,23 +336,24 @@ def _make_room(
     refusal: Refusal,
     now: float,
     effects: list[Effect],
-) -> tuple[Pool, str]:
+) -> tuple[Pool, Shortage | None]:
     """Have others give way on the worker where that costs least; say what is waited for, or why nobody can."""
     plans: list[tuple[float, str, Plan]] = []
-    reasons = []
+    refusals: list[tuple[str, NoPlan]] = []
     for worker_id, short in shortfalls.items():
         here = [each for each in pool.instances.values() if each.worker_id == worker_id]
         coming = {device: sum(_returning(each, device) for each in here) for device in short}
         rest = {device: lacking - coming[device] for device, lacking in short.items() if lacking > coming[device]}
         if not rest:
-            return pool, f"waits for memory that is being given back on {worker_id}"
+            return pool, Shortage(f"waits for memory that is being given back on {worker_id}")
         result = plan(rest, [_holder(pool, each, model, now) for each in here if not _leaving(each)], model.alias)
         if isinstance(result, NoPlan):
-            reasons.append(f"{worker_id}: {result.reason}")
+            refusals.append((worker_id, result))
         else:
             plans.append((result.cost, worker_id, result))
     if not plans:
-        return pool, "; ".join([refusal.reason, *reasons])
+        reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals)]
+        return pool, Shortage("; ".join(reasons), hopeless=not any(each.for_now for _, each in refusals))
     _, worker_id, cheapest = min(plans, key=lambda each: each[:2])
     for eviction in cheapest.evictions:
         key = (worker_id, eviction.instance)
@@ -349,7 +363,8 @@ def _make_room(
             pool = _order(pool, pool.instances[key], eviction.step, eviction.reason, now, effects)
     recent = tuple(at for at in pool.swaps.get(worker_id, ()) if now - at < _MINUTE_S)
     pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(now for _ in cheapest.evictions))})
-    return pool, f"waits for {', '.join(each.instance for each in cheapest.evictions)} to give way on {worker_id}"
+    names = ", ".join(each.instance for each in cheapest.evictions)
+    return pool, Shortage(f"waits for {names} to give way on {worker_id}")
 
 
 def _leaving(instance: Instance) -> bool:
@@ -365,6 +380,7 @@ def _holder(pool: Pool, instance: Instance, wanting: Model, now: float) -> Holde
     asleep = instance.state in _ASLEEP
     holds = instance.held_bytes if asleep else instance.memory_bytes
     demand = pool.demand.get(instance.alias)
+    kept, for_now = _kept(pool, instance, wanting, now)
     return Holder(
         instance=instance.instance,
         alias=instance.alias,
@@ -372,7 +388,8 @@ def _holder(pool: Pool, instance: Instance, wanting: Model, now: float) -> Holde
         holds=dict.fromkeys(instance.devices, holds),
         ways=_ways(pool, instance, holds),
         chance=demand.chance(SOON_S, now) if demand else 0.0,
-        kept=_kept(pool, instance, wanting, now),
+        kept=kept,
+        for_now=for_now,
     )
 
 
@@ -388,33 +405,31 @@ def _ways(pool: Pool, instance: Instance, holds: int) -> tuple[Way, ...]:
     return tuple(ways)
 
 
-def _kept(pool: Pool, instance: Instance, wanting: Model, now: float) -> str:
-    """Why it may not give way to that model now; "" when it may."""
+def _kept(pool: Pool, instance: Instance, wanting: Model, now: float) -> tuple[str, bool]:
+    """Why it may not give way to that model now, and whether it may later; ("", False) when it may."""
     model, demand = pool.models.get(instance.alias), pool.demand.get(instance.alias)
     if instance.alias == wanting.alias:
-        return "is the same model"
+        return "is the same model", False
+    if model is not None and model.pinned:
+        return "is pinned", False
     if instance.state in (InstanceState.STARTING, InstanceState.WAKING) or instance.order is Step.WAKE:
-        return "is on its way up"
-    if model is None or demand is None:
-        return ""
-    if model.pinned:
-        return "is pinned"
-    if instance.state in _ASLEEP:
-        return ""
+        return "is on its way up", True
+    if model is None or demand is None or instance.state in _ASLEEP:
+        return "", False
     recent = [at for at in pool.swaps.get(instance.worker_id, ()) if now - at < _MINUTE_S]
     if len(recent) >= pool.policy.swaps_per_minute:
-        return f"stays, since {len(recent)} gave way there within a minute"
-    up_s = now - instance.active_since
-    if up_s < (turn_s := _turn_s(pool, instance)):
-        return f"is up for only {up_s:.0f} of {turn_s:.0f} s"
+        return f"stays, since {len(recent)} gave way there within a minute", True
     awake = [each for each in _usable(pool, model) if each.state is InstanceState.ACTIVE]
     if len(awake) <= scaling_of(pool.policy, model).min_replicas:
-        return "is one of the replicas to be kept"
+        return "is one of the replicas to be kept", False
+    up_s = now - instance.active_since
+    if up_s < (turn_s := _turn_s(pool, instance)):
+        return f"is up for only {up_s:.0f} of {turn_s:.0f} s", True
     waiting_since = pool.demand[wanting.alias].waiting_since
     patient = waiting_since is None or now - waiting_since < pool.policy.turn_max_s
     if patient and (inflight := demand.inflight(instance.instance)):
-        return f"has {inflight} in flight"
-    return ""
+        return f"has {inflight} in flight", True
+    return "", False
 
 
 def _turn_s(pool: Pool, instance: Instance) -> float:
@@ -428,7 +443,7 @@ def _turn_s(pool: Pool, instance: Instance) -> float:
 def ever_fits(pool: Pool, model: Model) -> bool:
     """Whether all wanted replicas would fit if nothing else ran on the workers that are there. True while none is."""
     candidates = [_emptied(each) for each in _candidates(pool, model)]
-    for _ in range(replicas_wanted(pool.policy, model) if candidates else 0):
+    for _ in range(max(1, scaling_of(pool.policy, model).min_replicas) if candidates else 0):
         choice = place(_need(model), candidates)
         if isinstance(choice, Refusal):
             return False

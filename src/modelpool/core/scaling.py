@@ -32,6 +32,7 @@ class ScalingPolicy(msgspec.Struct, frozen=True, kw_only=True):
     max_replicas: int = 4
     load_high: float = 0.7
     load_low: float = 0.3
+    averaged_over_s: float = 5.0
     cooldown_s: float = 30.0
     idle_sleep_1_s: float = 300.0
     idle_sleep_2_s: float = 900.0
@@ -105,9 +106,10 @@ def wish(
     return _by_idleness(policy, demand, replicas, active, least, now)
 
 
-def load(demand: Demand, active: Sequence[Replica]) -> float:
+def load(policy: ScalingPolicy, demand: Demand, active: Sequence[Replica], now: float) -> float:
+    """What is asked of these, averaged over the last seconds, per request that they run at once."""
     capacity = sum(each.capacity for each in active)
-    return (sum(each.inflight for each in active) + demand.waiting) / capacity if capacity else 0.0
+    return (demand.mean_at(now, policy.averaged_over_s) + demand.waiting) / capacity if capacity else 0.0
 
 
 def _by_load(
@@ -120,7 +122,7 @@ def _by_load(
     cooled: float,
     now: float,
 ) -> Wish | None:
-    now_load = load(demand, active)
+    now_load = load(policy, demand, active, now)
     if now_load > policy.load_high and len(active) + len(coming) < policy.max_replicas:
         if coming:
             return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; {coming[0].name} is on its way")
@@ -130,9 +132,8 @@ def _by_load(
         return _bring(replicas, why, urgent=demand.waiting > 0)
     if now_load < policy.load_low and len(active) > max(1, least):
         leaving = min(active, key=lambda each: (each.inflight / each.capacity, -each.number))
-        rest = sum(each.capacity for each in active) - leaving.capacity
-        after = (sum(each.inflight for each in active) + demand.waiting) / rest
-        if after < policy.load_high * _CALM:
+        others = [each for each in active if each is not leaving]
+        if load(policy, demand, others, now) < policy.load_high * _CALM:
             if now < cooled:
                 return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=cooled)
             return _down(leaving, f"load {now_load:.2f} is below {policy.load_low:g}")
@@ -157,15 +158,19 @@ def _by_idleness(
         if now >= each.idle_since + idle_s:
             return _down(each, f"nobody asked for it in {idle_s:g} s")
         due = min(due, each.idle_since + idle_s)
-    return Wish(step=Step.NONE, reason=_standing(demand, active, replicas, now), due=due)
+    if len(active) > max(1, least):
+        due = min(due, now + policy.averaged_over_s)  # the average may have sunk by then
+    return Wish(step=Step.NONE, reason=_standing(policy, demand, active, replicas, now), due=due)
 
 
-def _standing(demand: Demand, active: Sequence[Replica], replicas: Sequence[Replica], now: float) -> str:
+def _standing(
+    policy: ScalingPolicy, demand: Demand, active: Sequence[Replica], replicas: Sequence[Replica], now: float
+) -> str:
     if not replicas:
         return "nobody asks for it"
     if not demand.busy:
         return f"idle for {max(0.0, now - demand.asked_at):.0f} s"
-    return f"load {load(demand, active):.2f}" if active else "it is on its way"
+    return f"load {load(policy, demand, active, now):.2f}" if active else "it is on its way"
 
 
 def _bring(replicas: Sequence[Replica], reason: str, *, urgent: bool = False) -> Wish:

@@ -16,6 +16,7 @@ import uvloop
 from modelpool import process
 from modelpool.control_http import Server, TokenGuard, bind_tcp
 from modelpool.core.pool import Policy
+from modelpool.core.scaling import ScalingPolicy
 from modelpool.home import AlreadyRunning, Home, open_private
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import running_manager
@@ -46,9 +47,22 @@ async def serve(settings: Settings, home: Home) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     token = settings.token or home.cluster_token()
+    models = settings.models
     policy = Policy(
-        min_replicas=settings.models.min_replicas,
-        max_replicas=settings.models.max_replicas,
+        min_replicas=models.min_replicas,
+        max_replicas=models.max_replicas,
+        scaling=ScalingPolicy(
+            load_high=models.load_high,
+            load_low=models.load_low,
+            averaged_over_s=models.scale_interval_s,
+            cooldown_s=models.cooldown_s,
+            idle_sleep_1_s=models.idle_sleep_1_s,
+            idle_sleep_2_s=models.idle_sleep_2_s,
+            idle_unload_s=models.idle_unload_s,
+        ),
+        min_residence_s=models.min_residence_s,
+        turn_max_s=models.turn_max_s,
+        swaps_per_minute=models.swaps_per_minute,
         heartbeat_timeout_s=settings.manager.heartbeat_timeout_s,
         backoff_initial_s=settings.manager.backoff_initial_s,
         backoff_max_s=settings.manager.backoff_max_s,

@@ -14,6 +14,7 @@ from modelpool.control_http import answer, body_schema, render_errors
 from modelpool.errors import BodyTooLarge
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
+from modelpool.messages.demand import DemandReport
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec, decode_body
 from modelpool.messages.workers import Heartbeat, RegisterWorker
@@ -40,10 +41,15 @@ def control_app(manager: ManagerPort) -> FastAPI:
     async def status() -> Response:
         return answer(await manager.status())
 
+    @app.post("/demand", openapi_extra=body_schema(DemandReport))
+    async def demand(request: Request) -> Response:
+        await manager.demand(decode_body(await request.body(), DemandReport))
+        return answer({"status": "ok"})
+
     @app.get("/snapshots")
-    async def snapshots() -> Response:
+    async def snapshots(gateway: str = "") -> Response:
         async def lines() -> AsyncIterator[bytes]:
-            async for update in manager.snapshots():
+            async for update in manager.snapshots(gateway):
                 yield b"\n" if update is None else msgspec.json.encode(update) + b"\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")

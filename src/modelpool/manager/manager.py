@@ -19,13 +19,15 @@ import msgspec
 
 from modelpool import __version__
 from modelpool.core import pool as core
-from modelpool.core.reconcile import Effect, Start, Stop, next_deadline, reconcile
+from modelpool.core.demand import Seen
+from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
 from modelpool.manager.keys import KeyRegister
 from modelpool.manager.store import Store
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
+from modelpool.messages.demand import DemandReport
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import KEEPALIVE_S, Delta, ModelEntry, Snapshot, Update
@@ -161,10 +163,15 @@ class Manager:
             return
         self._ordering.add(key)
         try:
-            if isinstance(effect, Start):
-                await self._order_start(facts.info.url, effect)
-            else:
-                await self._order_stop(facts.info.url, effect)
+            match effect:
+                case Start():
+                    await self._order_start(facts.info.url, effect)
+                case Stop():
+                    await self._order_stop(facts.info.url, effect)
+                case Sleep():
+                    await self._order_sleep(facts.info.url, effect)
+                case Wake():
+                    await self._order_wake(facts.info.url, effect)
         except OrderFailed as error:
             log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
             self._apply(core.OrderRefused(key, str(error)))
@@ -199,6 +206,17 @@ class Manager:
         log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
         self._publish()  # no new request is sent to it from now on
         await self._client.stop(url, effect.instance)
+
+    async def _order_sleep(self, url: str, effect: Sleep) -> None:
+        log.info("sleep level %d for %s on %s: %s", effect.level, effect.instance, effect.worker_id, effect.reason)
+        self._publish()  # no new request is sent to it from now on
+        await self._client.sleep(url, effect.instance, effect.level)
+        self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
+
+    async def _order_wake(self, url: str, effect: Wake) -> None:
+        log.info("wake %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
+        await self._client.wake(url, effect.instance)
+        self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
 
     # ------------------------------------------------------------ models
 
@@ -282,6 +300,15 @@ class Manager:
         view = await self._keys.revoke(id)
         await self._told_gateways()
         return view
+
+    # ------------------------------------------------------------ gateways
+
+    async def demand(self, report: DemandReport) -> None:
+        seen = {
+            alias: Seen(waiting=each.waiting, inflight=each.inflight, requests=each.requests)
+            for alias, each in report.models.items()
+        }
+        self._apply(core.DemandHeard(report.gateway, seen))
 
     # ------------------------------------------------------------ workers
 
@@ -423,7 +450,7 @@ class Manager:
             except asyncio.QueueFull:
                 self._subscribers.discard(queue)  # it sees no more keepalives, and asks for a new snapshot
 
-    async def snapshots(self) -> AsyncIterator[Update | None]:
+    async def snapshots(self, gateway: str = "") -> AsyncIterator[Update | None]:
         queue: asyncio.Queue[Update] = asyncio.Queue(_SUBSCRIBER_BACKLOG)
         self._subscribers.add(queue)
         whole: list[Update] = [self._keys.update()]
@@ -443,6 +470,8 @@ class Manager:
                     queue.task_done()
         finally:
             self._subscribers.discard(queue)
+            if gateway:
+                self._apply(core.GatewayGone(gateway))
 
     async def _told_gateways(self) -> None:
         """Wait until what was published is on its way to every gateway; not long for one that reads nothing."""
@@ -471,6 +500,10 @@ def _model(spec: ModelSpec, created: int) -> core.Model:
         memory_fraction=spec.gpu_memory_utilization,
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
+        pinned=spec.pinned,
+        idle_sleep_1_s=spec.idle_sleep_1_s,
+        idle_sleep_2_s=spec.idle_sleep_2_s,
+        idle_unload_s=spec.idle_unload_s,
     )
 
 
@@ -496,6 +529,9 @@ def _report(report: InstanceReport) -> core.Report:
         permanent=report.permanent,
         devices=report.devices,
         memory_bytes=report.memory_bytes,
+        held_bytes=report.pss_bytes,
+        capacity=report.capacity,
+        sleeps=bool(report.sleep_levels),
         changed_at=report.changed_at,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
+from modelpool.messages.demand import DemandReport
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Update
@@ -51,8 +52,14 @@ class ManagerPort(Protocol):
     async def revoke_key(self, id: str) -> KeyView:
         """The key opens nothing any more when this returns. Raises KeyNotFound."""
 
-    def snapshots(self) -> AsyncIterator[Update | None]:
-        """Keys and routing table, first whole, then changes; None where there was nothing for KEEPALIVE_S."""
+    async def demand(self, report: DemandReport) -> None:
+        """What a gateway has waiting and in flight."""
+
+    def snapshots(self, gateway: str = "") -> AsyncIterator[Update | None]:
+        """Keys and routing table, first whole, then changes; None where there was nothing for KEEPALIVE_S.
+
+        With its end the demand that `gateway` reported ends too.
+        """
 
     def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
         """The log of a model's instance (of the first one, or of one named `alias-rN`). Raises ModelNotFound."""

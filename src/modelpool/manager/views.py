@@ -92,7 +92,7 @@ def _route(known: Known, instance: Instance) -> Route | None:
 
 def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavailable:
     message = f"The model `{alias}` is not ready: {reason(known, alias, instances)}."
-    nowhere = not instances and known.pool.shortages.get(alias)
+    nowhere = not instances and alias in known.pool.hopeless
     if nowhere or not any(worker.alive for worker in known.pool.workers.values()):
         code, wait = "no_available_worker", NO_WORKER_RETRY_S
     else:
@@ -101,7 +101,7 @@ def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavail
 
 
 def _on_its_way(known: Known, alias: str, instances: list[Instance]) -> bool:
-    """It starts, or will within moments. Not where it failed to start, and where nothing has room for it.
+    """It starts, or will because somebody asks. Not where it failed to start, and where nothing can make room for it.
 
     A first failure counts as on its way, since it is tried again at once: mostly an engine that died while it served.
     """
@@ -111,7 +111,7 @@ def _on_its_way(known: Known, alias: str, instances: list[Instance]) -> bool:
         return any(each.stopping or _is_coming(each, known.now) for each in here)
     if any(worker.back_until is not None for worker in workers):
         return True
-    return bool(alive) and not known.pool.shortages.get(alias)
+    return bool(alive) and alias not in known.pool.hopeless
 
 
 def _is_coming(instance: Instance, now: float) -> bool:
@@ -119,7 +119,7 @@ def _is_coming(instance: Instance, now: float) -> bool:
         return False
     if instance.retry_at is not None:
         return instance.failures == 1 and instance.retry_at - now < RETRIED_AT_ONCE_S
-    return instance.state in (InstanceState.STARTING, InstanceState.WAKING)
+    return instance.state is not InstanceState.FAILED
 
 
 def _workers_missing(pool: Pool) -> str:
@@ -156,15 +156,17 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
             again = f"correct it: `modelpool rm {alias}`, register again"
         times = "" if worst.failures == 1 else f" {worst.failures} times"
         return f"it failed{times} on {worst.worker_id}: {worst.reason.rstrip('.')}; {again}"
-    if known.pool.shortages.get(alias):
-        return f"no worker can take it: {known.pool.shortages[alias]}"
+    if shortage := known.pool.shortages.get(alias):
+        return f"no worker can take it: {shortage}" if alias in known.pool.hopeless else shortage
     for each in instances:
         report = known.report(key_of(each))
         phase = f" ({report.progress.phase})" if report and report.progress else ""
         if each.state is InstanceState.STARTING:
             return f"it is starting on {each.worker_id}{phase}"
+        if each.state in (InstanceState.SLEEP_1, InstanceState.SLEEP_2):
+            return f"it sleeps on {each.worker_id}, and wakes when somebody asks for it"
         return f"its instance on {each.worker_id} is {each.state}"
-    return "it waits to be started"
+    return "it is not loaded, and starts when somebody asks for it"
 
 
 _BEST_FIRST = (
@@ -181,7 +183,7 @@ _BEST_FIRST = (
 def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView:
     """A model as people see it. Without instances it is UNLOADED: registered, and run by nothing."""
     model = known.pool.models[alias]
-    wanted = replicas_wanted(known.pool.policy, model)
+    wanted = replicas_wanted(known.pool, model)
     states = {each.state for each in instances if not each.stopping}
     rest = [each for each in instances if each.stopping or each.state is not InstanceState.ACTIVE]
     short = len(instances) - len(rest) < wanted

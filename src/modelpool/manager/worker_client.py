@@ -54,6 +54,12 @@ class WorkerClient:
         """Stopping what is not there is done already."""
         await self._post(f"{url}/instances/{quote(instance)}/stop", b"", accept=(404,))
 
+    async def sleep(self, url: str, instance: str, level: int) -> None:
+        await self._post(f"{url}/instances/{quote(instance)}/sleep", msgspec.json.encode({"level": level}))
+
+    async def wake(self, url: str, instance: str) -> None:
+        await self._post(f"{url}/instances/{quote(instance)}/wake", b"")
+
     async def _post(self, url: str, body: bytes, accept: tuple[int, ...] = ()) -> bytes:
         try:
             response = await self._http.post(url, content=body, headers={"Content-Type": "application/json"})

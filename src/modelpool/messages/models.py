@@ -48,6 +48,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=1024)] = 1
     min_replicas: Annotated[int, Meta(ge=0, le=1024)] | None = None
     max_replicas: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    pinned: Annotated[bool, Meta(description="Stays awake, whoever needs its memory.")] = False
+    idle_sleep_1_s: Annotated[float, Meta(ge=0, description="Seconds without a request until SLEEP_1.")] | None = None
+    idle_sleep_2_s: Annotated[float, Meta(ge=0, description="Until SLEEP_2.")] | None = None
+    idle_unload_s: Annotated[float, Meta(ge=0, description="Until UNLOADED.")] | None = None
     trust_remote_code: bool = False
     engine_args: dict[str, Any] = {}
 
