@@ -55,10 +55,9 @@ def known(
     )
 
 
-SHORT: dict[str, object] = {
-    "shortages": {"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"},
-    "hopeless": frozenset({"m"}),
-}
+def without_room() -> Known:
+    lacking = {"m": "w: needs 8.0 GB on device 0, 1.0 GB free of 9.0 GB"}
+    return known(shortages=lacking, hopeless=frozenset({"m"}))
 
 
 def instance(name: str = "m", state: S = S.ACTIVE, **fields: object) -> Instance:
@@ -132,7 +131,7 @@ def test_replicas_are_in_the_order_of_their_numbers() -> None:
 def test_without_a_worker_or_room_no_worker_is_available() -> None:
     assert unavailable(known(alive=False))[0] == "no_available_worker"
     assert "w: its process has ended" in unavailable(known(alive=False))[1]
-    code, message, _ = unavailable(known(**SHORT))
+    code, message, _ = unavailable(without_room())
     assert code == "no_available_worker"
     assert "no worker can take it: w: needs 8.0 GB" in message
 
@@ -170,7 +169,7 @@ def test_what_cannot_start_is_not_on_its_way() -> None:
     for state, retry_at in ((S.FAILED, 101.0), (S.STARTING, None)):
         broken = instance(state=state, retry_at=retry_at, failures=1, permanent=True, reason="no such file")
         assert not on_its_way(known(broken))
-    assert not on_its_way(known(**SHORT))
+    assert not on_its_way(without_room())
 
 
 def test_what_waits_until_others_give_way_is_on_its_way() -> None:
