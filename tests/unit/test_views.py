@@ -137,7 +137,8 @@ def test_without_a_worker_or_room_no_worker_is_available() -> None:
 
 
 def test_a_manager_that_has_just_started_says_whom_it_awaits() -> None:
-    said = view(known(alive=False, awaited=frozenset({"w2", "w1"}), recover_until=200.0)).reason
+    awaited, wanted = frozenset({"w2", "w1"}), frozenset({"m"})
+    said = view(known(alive=False, awaited=awaited, recover_until=200.0, wanted_up=wanted)).reason
     assert said == "no worker is there: the manager has just started, and awaits w1, w2"
 
 
