@@ -21,6 +21,7 @@ from modelpool.gateway.auth import Access, check_exposure, is_loopback
 from modelpool.gateway.connection import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.cors import Cors
+from modelpool.gateway.demand import DemandReporter
 from modelpool.gateway.hold import Room, Rules
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.inflight import SharedInflight
@@ -95,9 +96,10 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         control = controls.pool(Endpoint.unix(home.control_socket))
         instances = Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None)
         table = Table(instances)
-        feed = SnapshotFeed(table, keys, control)
-        stored = StoredResponses(gateway.responses_remembered)
         room = Room(table, _rules(gateway))
+        demand = DemandReporter(table, room, control)
+        feed = SnapshotFeed(table, keys, control, gateway=demand.gateway)
+        stored = StoredResponses(gateway.responses_remembered)
         limiter = Limiter(node)
         keys.when_gone(limiter.forget)
         inference = Inference(table, room, stored, limiter, _deadlines(gateway))
@@ -118,6 +120,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
+        background.append(tasks.create_task(demand.keep_reporting()))
         await feed.wait_first(FIRST_SNAPSHOT_S)
         limits = Limits(body_bytes=gateway.max_body_bytes)
         async with listening(sock, app, limits, grace_s=GRACE_S, tls=tls) as listener:

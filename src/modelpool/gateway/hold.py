@@ -69,6 +69,8 @@ class Room:
         self.rules = rules
         self.held = _Held(self._done)
         """`with` it, a request is ongoing: one that `enter` let in, or whose stay was granted."""
+        self.wanted = asyncio.Event()
+        """Set when the first request waits for a model; whoever waits for it clears it."""
         self._admission = Admission(max_ongoing=rules.max_ongoing, bounds=rules.bounds)
         self._routed: frozenset[str] = frozenset()
         self._futures: dict[Ticket, asyncio.Future[None]] = {}
@@ -91,6 +93,10 @@ class Room:
 
     def waiting_for(self, alias: str) -> int:
         return self._admission.waiting_for(alias)
+
+    def waiting_aliases(self) -> list[str]:
+        """The models that requests wait for."""
+        return [alias for alias in self._admission.wanted if alias != _UNKNOWN]
 
     def enter(self, alias: str, request: Request) -> bool:
         """Go on at once, if that may be. Raises InvalidRequest for wishes that make no sense."""
@@ -117,11 +123,13 @@ class Room:
 
         Raises WaitingRoomFull. `awake_only`: not once the model is not there.
         """
-        was_empty = not self._admission.waiting
+        was_empty, first = not self._admission.waiting, not self._admission.waiting_for(ticket.alias)
         if refusal := self._admission.join(ticket):
             raise self._full(ticket.alias, refusal)
         if ticket.state is State.GRANTED:
             return None
+        if first:
+            self.wanted.set()
         loop = asyncio.get_running_loop()
         if was_empty:
             self._since, self._granted = loop.time(), 0

@@ -29,6 +29,7 @@ class Instance:
         "own",
         "pool",
         "prefix",
+        "requests",
         "route",
     )
 
@@ -41,6 +42,8 @@ class Instance:
         self.fixed = fixed_headers(pool.endpoint, token)
         self.own = 0
         """Requests of this process."""
+        self.requests = 0
+        """How many it ever was sent by this process."""
         self.inflight = 0
         """Requests of all gateway processes on this node, as of the last `count_all`."""
         self.breaker = CLOSED
@@ -99,6 +102,7 @@ class Lease:
     def __enter__(self) -> Lease:
         instance = self._instance
         instance.add(1)
+        instance.requests += 1
         if not instance.breaker.closed:
             self._trial = not instance.breaker.trying
             instance.breaker = instance.breaker.begun()

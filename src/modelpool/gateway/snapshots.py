@@ -30,10 +30,11 @@ class Broken(Exception):
 class SnapshotFeed:
     """Follows the manager. While it is away table and keys stay as they were last."""
 
-    def __init__(self, table: Table, keys: KeyRing, control: Pool) -> None:
+    def __init__(self, table: Table, keys: KeyRing, control: Pool, *, gateway: str = "") -> None:
         self._table = table
         self._keys = keys
         self._control = control
+        self._path = f"/snapshots?gateway={gateway}".encode()
         self._decoder: msgspec.json.Decoder[Update] = msgspec.json.Decoder(Update)
         self.heard_at: float | None = None
         """When the manager was last heard, on the loop's clock."""
@@ -65,7 +66,7 @@ class SnapshotFeed:
             pause = min(RETRY_MAX_S, pause * 2)
 
     async def _follow_once(self) -> None:
-        request = encode_request(b"GET", b"/snapshots", [], fixed=fixed_headers(self._control.endpoint))
+        request = encode_request(b"GET", self._path, [], fixed=fixed_headers(self._control.endpoint))
         async with asyncio.timeout(SILENCE_S) as silence, fetch(self._control, request) as response:
             if response.status != 200:
                 raise Broken(f"its answer has status {response.status}")

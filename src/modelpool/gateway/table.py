@@ -93,6 +93,9 @@ class Table:
     def find(self, alias: str) -> Model | None:
         return self._models.get(alias)
 
+    def models(self) -> Collection[Model]:
+        return self._models.values()
+
     def routed(self) -> frozenset[str]:
         """The models that have an instance."""
         return frozenset(alias for alias, model in self._models.items() if model.instances)
