@@ -31,7 +31,7 @@ class Manager:
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             head, body = await read_message(reader)
-            if head.startswith(b"GET /snapshots "):
+            if head.startswith(b"GET /snapshots"):
                 writer.write(CHUNKED_OK + chunk(_line(self.keys)) + chunk(_line(self.first)))
                 self.followers.add(writer)
                 self.followed.set()
