@@ -63,8 +63,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """What stands before every path where a proxy in front says so: `/pool`. Paths without it are served as well."""
     max_ongoing_requests: Annotated[int, Meta(ge=1)] | None = None
     """Inference requests that one gateway process sends on at once. None: what its descriptors allow."""
-    waiting_max_s: SecondsOrNone = 0.0
-    """How long a request may wait for a model that is on its way. Here 0 means not at all."""
+    waiting_max_s: Annotated[float, Meta(ge=0)] = 300.0
+    """How long a request may wait for a model that is on its way, or for its turn. 0: not at all.
+
+    Long enough for a large model's weights from a disk, and half of what OpenAI's clients wait for an answer.
+    """
     waiting_max_requests: Annotated[int, Meta(ge=0)] = 1024
     """So many may wait for one model."""
     waiting_max_bytes: Annotated[int, Meta(ge=0)] = 256 << 20

@@ -153,14 +153,14 @@ def test_what_is_wrong_is_said_in_the_openai_envelope(
 def test_a_model_that_is_starting_says_so_with_retry_after(fake_pool: PoolProcess) -> None:
     fake_pool.register("late", fake=True, fake_load_ms=5000)
     eventually(lambda: fake_pool.model("late")["state"] == "STARTING", 5, lambda: "starting")
-    eventually(
-        lambda: fake_pool.http.post("/v1/completions", json={"model": "late", "prompt": "x"}).status_code == 503,
-        2,
-        lambda: "the gateway knows it",
+    eventually(lambda: fake_pool.http.get("/v1/models/late").is_success, 2, lambda: "the gateway knows it")
+    answer = fake_pool.http.post(
+        "/v1/completions", json={"model": "late", "prompt": "x"}, headers={"X-ModelPool-Max-Wait": "0"}
     )
-    answer = fake_pool.http.post("/v1/completions", json={"model": "late", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
     assert 1 <= int(answer.headers["retry-after"]) <= 60
+    answer = fake_pool.http.post("/v1/completions", json={"model": "late", "prompt": "x"})
+    assert answer.status_code == 200
     assert "late" in [each["id"] for each in fake_pool.http.get("/v1/models").json()["data"]]
     fake_pool.wait_active("late", within=20)
 
