@@ -41,6 +41,7 @@ _TURN_FACTOR = 4.0
 _LEVEL = {Step.SLEEP_1: 1, Step.SLEEP_2: 2}
 _DRAINING = InstanceState.DRAINING
 _DOWN = (InstanceState.SLEEP_1, InstanceState.SLEEP_2, InstanceState.DRAINING, InstanceState.UNLOADED)
+_COMING = (InstanceState.STARTING, InstanceState.WAKING)
 _ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 
 
@@ -340,6 +341,7 @@ def _make_room(
     """Have others give way on the worker where that costs least; say what is waited for, or why nobody can."""
     plans: list[tuple[float, str, Plan]] = []
     refusals: list[tuple[str, NoPlan]] = []
+    moving = False
     for worker_id, short in shortfalls.items():
         here = [each for each in pool.instances.values() if each.worker_id == worker_id]
         coming = {device: sum(_returning(each, device) for each in here) for device in short}
@@ -349,11 +351,12 @@ def _make_room(
         result = plan(rest, [_holder(pool, each, model, now) for each in here if not _leaving(each)], model.alias)
         if isinstance(result, NoPlan):
             refusals.append((worker_id, result))
+            moving = moving or result.for_now or any(_is_moving(each) for each in here)
         else:
             plans.append((result.cost, worker_id, result))
     if not plans:
         reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals)]
-        return pool, Shortage("; ".join(reasons), hopeless=not any(each.for_now for _, each in refusals))
+        return pool, Shortage("; ".join(reasons), hopeless=not moving)
     _, worker_id, cheapest = min(plans, key=lambda each: each[:2])
     for eviction in cheapest.evictions:
         key = (worker_id, eviction.instance)
@@ -365,6 +368,11 @@ def _make_room(
     pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(now for _ in cheapest.evictions))})
     names = ", ".join(each.instance for each in cheapest.evictions)
     return pool, Shortage(f"waits for {names} to give way on {worker_id}")
+
+
+def _is_moving(instance: Instance) -> bool:
+    """Its memory is being taken or given back: what is free now says little."""
+    return _leaving(instance) or instance.order is Step.WAKE or instance.state in _COMING
 
 
 def _leaving(instance: Instance) -> bool:
@@ -412,7 +420,7 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, now: float) -> tuple[s
         return "is the same model", False
     if model is not None and model.pinned:
         return "is pinned", False
-    if instance.state in (InstanceState.STARTING, InstanceState.WAKING) or instance.order is Step.WAKE:
+    if instance.state in _COMING or instance.order is Step.WAKE:
         return "is on its way up", True
     if model is None or demand is None or instance.state in _ASLEEP:
         return "", False

@@ -111,11 +111,11 @@ class Supervisor:
         return {kind.value: forkserver.status for kind, forkserver in self._forkservers.items()}
 
     async def devices(self) -> tuple[Device, ...]:
-        promised: dict[int, int] = {}
+        held: dict[int, int] = {}
         for instance in self._instances.values():
             for index in instance.devices if not instance.over else ():
-                promised[index] = promised.get(index, 0) + instance.memory_bytes
-        return await asyncio.to_thread(self._devices.read, promised)
+                held[index] = held.get(index, 0) + _held(instance)
+        return await asyncio.to_thread(self._devices.read, held)
 
     def reports(self) -> tuple[InstanceReport, ...]:
         return tuple(instance.report() for instance in self._instances.values())
@@ -372,6 +372,13 @@ def _running(instance: Instance, model: ModelSpec) -> InstanceReport:
             code="instance_taken",
         )
     return instance.report()
+
+
+def _held(instance: Instance) -> int:
+    """What it is taken to hold of a declared device: as on a real one, only what it has taken by now."""
+    if instance.state in _SERVED:
+        return instance.memory_bytes
+    return 0 if instance.state is InstanceState.STARTING else min(instance.memory_bytes, instance.pss_bytes)
 
 
 def _share(order: StartOrder, devices: tuple[Device, ...]) -> tuple[tuple[int, ...], int]:
