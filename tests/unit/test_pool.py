@@ -425,7 +425,7 @@ def test_a_wake_that_fails_is_a_failure_like_others() -> None:
 
 def test_of_too_many_replicas_those_that_sleep_go_first() -> None:
     both = (report(state=S.SLEEP_1), report("m-r2"))
-    _, effects = play((0, ModelRegistered(model(replicas=1))), (1, heard("w", *both)))
+    _, effects = play((0, ModelRegistered(replace(model(), max_replicas=1))), (1, heard("w", *both)))
     assert stopped(effects) == [("w", "m")]
 
 

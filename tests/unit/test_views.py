@@ -94,6 +94,12 @@ def test_a_starting_model_says_where_and_how_far_and_when_to_come_back() -> None
     assert wait == 5.0
 
 
+def test_who_sleeps_says_how_long_it_takes_to_wake() -> None:
+    asleep = known(instance(state=S.SLEEP_1), start_seconds={"m": 30.0}, wake_seconds={("m", 1): 1.5})
+    assert unavailable(asleep)[2] == 1.5
+    assert unavailable(known(start_seconds={"m": 30.0}))[2] == 30.0
+
+
 def test_a_failed_model_gives_its_real_reason() -> None:
     failed = instance(state=S.FAILED, reason="no such file.", failures=3, retry_at=104.0)
     code, message, wait = unavailable(known(failed, start_seconds={"m": 1.0}))
@@ -206,8 +212,9 @@ def test_a_sleeper_has_no_route_and_is_shown_with_its_level_and_its_memory(state
     view = structs.replace(view, facts={"w": structs.replace(view.facts["w"], reports={"m": report})})
     assert seen(view).routes == ()
     code, message, _ = unavailable(view)
-    assert (code, message) == ("model_not_ready", f"The model `m` is not ready: its instance on w is {state}.")
-    assert seen(view).unavailable.on_its_way is (state is S.WAKING)  # type: ignore[union-attr]
+    what = "its instance on w is WAKING" if state is S.WAKING else "it sleeps on w, and wakes when somebody asks for it"
+    assert (code, message) == ("model_not_ready", f"The model `m` is not ready: {what}.")
+    assert on_its_way(view)
     model = model_view(view, "m", instances_by_alias(view.pool)["m"])
     assert model.state is state
     (shown,) = model.instances

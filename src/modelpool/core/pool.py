@@ -139,7 +139,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     demand: Mapping[str, Demand] = {}
     """By alias, of every registered model."""
     wanted_up: frozenset[str] = frozenset()
-    """Models to bring up although nobody asks: registered and never up since, or lost while they were up."""
+    """Models to bring up although nobody asks: registered and never seen up since, or lost while they were up."""
     stepped_at: Mapping[str, float] = {}
     """alias → when the last step about it was taken."""
     wishes: Mapping[str, Wish] = {}
@@ -347,12 +347,11 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
             merged[key] = replace(instance, missing=instance.missing + (1 if instance.acknowledged else 0))
         elif _is_up(instance):
             lost.add(instance.alias)
+    there = (InstanceState.ACTIVE, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
     up = {
         each.alias
         for each in merged.values()
-        if each.state is InstanceState.ACTIVE
-        and (model := pool.models.get(each.alias)) is not None
-        and model.key == each.key
+        if each.state in there and (model := pool.models.get(each.alias)) is not None and model.key == each.key
     }
     held = {
         (each.alias, sleep_level(each.state)): each.held_bytes

@@ -17,6 +17,7 @@ from modelpool.messages.workers import Device, EngineStatus, InstanceReport, Wor
 
 DEFAULT_START_S = 10.0
 """How long a start is taken to need before one of that model was measured."""
+DEFAULT_WAKE_S = 3.0
 NO_WORKER_RETRY_S = 5.0
 RETRIED_AT_ONCE_S = 2.0
 
@@ -131,8 +132,11 @@ def _workers_missing(pool: Pool) -> str:
 
 
 def _start_wait(known: Known, alias: str, instances: list[Instance]) -> float:
-    """Seconds until it may be ready: the rest of a start as long as the last one, or the wait for the next try."""
+    """Seconds until it may be ready, by how long that took last: to start or wake, from when it began if it has."""
     expected = known.pool.start_seconds.get(alias, DEFAULT_START_S)
+    asleep = [sleep_level(each.state) for each in instances if each.state in _ASLEEP]
+    if asleep:
+        expected = min(expected, known.pool.wake_seconds.get((alias, min(asleep)), DEFAULT_WAKE_S))
     waits = [
         max(1.0, each.starting_since + expected - known.now)
         for each in instances
@@ -163,12 +167,13 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
         phase = f" ({report.progress.phase})" if report and report.progress else ""
         if each.state is InstanceState.STARTING:
             return f"it is starting on {each.worker_id}{phase}"
-        if each.state in (InstanceState.SLEEP_1, InstanceState.SLEEP_2):
+        if each.state in _ASLEEP:
             return f"it sleeps on {each.worker_id}, and wakes when somebody asks for it"
         return f"its instance on {each.worker_id} is {each.state}"
     return "it is not loaded, and starts when somebody asks for it"
 
 
+_ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 _BEST_FIRST = (
     InstanceState.ACTIVE,
     InstanceState.WAKING,
