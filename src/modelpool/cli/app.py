@@ -272,13 +272,17 @@ def chat_command(
 
 @app.command("explain")
 def explain_command(
-    request_id: Annotated[str, typer.Argument(help="The X-Request-Id of a recent request.")],
+    what: Annotated[str, typer.Argument(help="The X-Request-Id of a recent request, or the alias of a model.")],
     url: UrlOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what was decided for a recent request, and why."""
+    """Say what was decided for a recent request, or is to become of a model, and why."""
     with _client(url) as client:
-        explanation = client.explain(request_id)
+        model = next((each for each in client.status().models if each.alias == what), None)
+        if model is not None:
+            _print({"alias": what, "decision": model.decision, "due_s": model.due_s}, json, lambda: _decision(model))
+            return
+        explanation = client.explain(what)
     if json:
         _print_json(explanation)
         return
@@ -288,6 +292,11 @@ def explain_command(
     if explanation.considered:
         console.print()
         console.print(considered_table(explanation.considered), soft_wrap=True)
+
+
+def _decision(model: ModelView) -> str:
+    again = "" if model.due_s is None else f"\nlooked at again in {model.due_s:g} s"
+    return f"{model.alias} is {model.state}\nnext: {model.decision}{again}"
 
 
 @app.command("explain-start")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from urllib.parse import quote, urlsplit
 
@@ -202,7 +203,26 @@ def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView
         instances=tuple(_instance_view(known, each) for each in instances),
         wanted=wanted,
         permanent=short and (never or any(each.permanent for each in rest)),
+        decision=_decision(known, alias),
+        due_s=_due_s(known, alias),
     )
+
+
+def _decision(known: Known, alias: str) -> str:
+    """What was decided last, in words: the step and whom it is about, why, and what is in its way."""
+    decided = known.pool.wishes.get(alias)
+    if decided is None:
+        return "nothing yet"
+    what = " ".join(word for word in (decided.step, decided.replica) if word)
+    shortage = known.pool.shortages.get(alias)
+    return f"{what}: {decided.reason}" + (f"; {shortage}" if shortage else "")
+
+
+def _due_s(known: Known, alias: str) -> float | None:
+    decided = known.pool.wishes.get(alias)
+    if decided is None or decided.due == math.inf:
+        return None
+    return round(max(0.0, decided.due - known.now), 1)
 
 
 def _instance_view(known: Known, instance: Instance) -> InstanceView:

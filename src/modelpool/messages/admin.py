@@ -47,6 +47,10 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     instances: tuple[InstanceView, ...]
     wanted: int = 1
     permanent: bool = False
+    decision: str = ""
+    """What the controller does about it next, and why."""
+    due_s: float | None = None
+    """When it may decide otherwise although nothing happens."""
 
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
