@@ -40,6 +40,8 @@ for name in ("reload_weights", "load_model", "determine_available_memory", "init
     assert callable(getattr(CPUWorker, name)) and callable(getattr(Worker, name)), name
 assert callable(CPUModelRunner.get_model) and "self.kv_caches" in inspect.getsource(CPUModelRunner.__mro__[1].__init__)
 assert hasattr(ParallelConfig, "worker_extension_cls") and hasattr(ParallelConfig, "worker_cls")
+from vllm.platforms import current_platform
+assert callable(current_platform.is_sleep_mode_available) and callable(current_platform.is_cumem_allocator_available)
 assert hasattr(ModelConfig, "enable_sleep_mode") and hasattr(ModelConfig, "is_encoder_decoder")
 assert hasattr(CacheConfig, "kv_offloading_size") and hasattr(MultiModalConfig, "mm_encoder_tp_mode")
 assert "speculative_config" in VllmConfig.__dataclass_fields__

@@ -291,6 +291,18 @@ def test_every_level_is_reported_to_the_manager_at_once(tmp_path: Path) -> None:
         assert last["last_wake"]["level"] == 2
 
 
+def test_a_worker_that_ends_takes_its_sleepers_along(tmp_path: Path) -> None:
+    with running_worker(tmp_path) as own:
+        for alias, level in (("a", 1), ("b", 2), ("c", 0)):
+            own.start(alias)
+            if level:
+                sleep(own, level, alias)
+                own.wait(alias, f"SLEEP_{level}")
+        own.process.terminate()
+        assert own.process.wait(10) == 0
+        assert own.below() == []
+
+
 def test_a_start_says_where_its_time_went(worker: WorkerProcess) -> None:
     phases = worker.start("m", fake_load_ms=200)["phases"]
     assert [phase["name"] for phase in phases] == ["fetch", "import", "fork", "load", "app"]

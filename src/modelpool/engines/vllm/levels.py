@@ -22,7 +22,11 @@ def sleep_arguments() -> dict[str, Any]:
     """What vLLM must be told at its start so that it can sleep. A model's own `engine_args` win."""
     if current_platform.is_cpu():
         return {"worker_extension_cls": _SLEEPER}
-    return {"enable_sleep_mode": True} if current_platform.is_sleep_mode_available() else {}
+    sleeps = current_platform.is_sleep_mode_available()
+    if current_platform.is_cuda_alike():
+        # Asked for without it, vLLM would not start.
+        sleeps = sleeps and current_platform.is_cumem_allocator_available()
+    return {"enable_sleep_mode": True} if sleeps else {}
 
 
 class Levels(Protocol):
