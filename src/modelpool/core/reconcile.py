@@ -74,6 +74,28 @@ class Wake(msgspec.Struct, frozen=True, kw_only=True):
 Effect = Start | Stop | Sleep | Wake
 
 
+class _Round:
+    """One reconciliation: its time, the orders so far, what was decided, and which instances each model has."""
+
+    def __init__(self, pool: Pool, now: float) -> None:
+        self.now = now
+        self.effects: list[Effect] = []
+        self.wishes: dict[str, Wish] = {}
+        self._keys: dict[str, list[Key]] = {}
+        for key, instance in pool.instances.items():
+            self._keys.setdefault(instance.alias, []).append(key)
+
+    def of(self, pool: Pool, alias: str) -> list[Instance]:
+        """All instances of a model."""
+        return [pool.instances[key] for key in self._keys.get(alias, ())]
+
+    def joined(self, key: Key, alias: str) -> None:
+        """A new instance was made up."""
+        keys = self._keys.setdefault(alias, [])
+        if key not in keys:
+            keys.append(key)
+
+
 def step(pool: Pool, event: Event, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     """The event taken in, and the orders that follow from it."""
     return reconcile(apply(pool, event, now), now)
@@ -83,17 +105,18 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     """The orders that bring what runs nearer to what is wanted, and the pool as it is once they are given."""
     if pool.recovering:
         return pool, ()
-    effects: list[Effect] = []
-    pool = _stop_unwanted(pool, now, effects)
+    round_ = _Round(pool, now)
+    pool = _stop_unwanted(pool, round_)
     shortages: dict[str, str] = {}
     hopeless: set[str] = set()
     for model in sorted(pool.models.values(), key=lambda each: _urgency(pool, each)):
-        pool, shortage = _advance(pool, model, now, effects)
+        pool, shortage = _advance(pool, model, round_)
         if shortage is not None:
             shortages[model.alias] = shortage.reason
         if shortage is not None and shortage.hopeless:
             hopeless.add(model.alias)
-    return replace(pool, shortages=shortages, hopeless=frozenset(hopeless)), tuple(effects)
+    pool = replace(pool, shortages=shortages, hopeless=frozenset(hopeless), wishes=round_.wishes)
+    return pool, tuple(round_.effects)
 
 
 class Shortage(msgspec.Struct, frozen=True):
@@ -109,63 +132,64 @@ def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
     return (math.inf if since is None else since, model.created, model.alias)
 
 
-def replicas_wanted(pool: Pool, model: Model) -> int:
+def replicas_wanted(pool: Pool, model: Model, instances: Iterable[Instance]) -> int:
     """How many there are to be now: those to be kept, one for who asks, and those that load brought up."""
     least = scaling_of(pool.policy, model).min_replicas
     asked = model.alias in pool.wanted_up or pool.demand[model.alias].waiting > 0
-    up = [_replica(pool, each) for each in _usable(pool, model)]
+    up = [_replica(pool, each) for each in _usable(pool, model, instances)]
     return max(least, 1 if asked else 0, sum(each.state not in _DOWN for each in up))
 
 
-def _stop_unwanted(pool: Pool, now: float, effects: list[Effect]) -> Pool:
+def _stop_unwanted(pool: Pool, round_: _Round) -> Pool:
     for key, instance in list(pool.instances.items()):
         model = pool.models.get(instance.alias)
         if not _alive(pool, instance):
             continue
         if instance.stopping:
-            if _due(instance.ordered_at, ORDER_RETRY_S, now):
-                effects.append(Stop(worker_id=key[0], instance=key[1], reason="asked again"))
-                pool = change(pool, key, ordered_at=now)
+            if _due(instance.ordered_at, ORDER_RETRY_S, round_.now):
+                round_.effects.append(Stop(worker_id=key[0], instance=key[1], reason="asked again"))
+                pool = change(pool, key, ordered_at=round_.now)
         elif model is not None and model.key != instance.key:
-            pool = _stop(pool, key, "the alias was registered with another model", now, effects)
+            pool = _stop(pool, key, "the alias was registered with another model", round_)
         elif model is None and instance.unwanted_since is None:
-            pool = change(pool, key, unwanted_since=now)
-        elif model is None and _due(instance.unwanted_since, UNWANTED_GRACE_S, now):
-            pool = _stop(pool, key, "its model is not registered", now, effects)
+            pool = change(pool, key, unwanted_since=round_.now)
+        elif model is None and _due(instance.unwanted_since, UNWANTED_GRACE_S, round_.now):
+            pool = _stop(pool, key, "its model is not registered", round_)
         elif model is not None and instance.unwanted_since is not None:
             pool = change(pool, key, unwanted_since=None)
     return pool
 
 
-def _stop(pool: Pool, key: Key, reason: str, now: float, effects: list[Effect]) -> Pool:
-    effects.append(Stop(worker_id=key[0], instance=key[1], reason=reason))
-    return change(pool, key, stopping=True, ordered_at=now)
+def _stop(pool: Pool, key: Key, reason: str, round_: _Round) -> Pool:
+    round_.effects.append(Stop(worker_id=key[0], instance=key[1], reason=reason))
+    return change(pool, key, stopping=True, ordered_at=round_.now)
 
 
-def _advance(pool: Pool, model: Model, now: float, effects: list[Effect]) -> tuple[Pool, Shortage | None]:
+def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage | None]:
     """Take the steps of one model that are due, and say what keeps it from another one."""
-    pool = _stop_surplus(pool, model, now, effects)
-    pool = _repeat_orders(pool, model, now, effects)
+    pool = _stop_surplus(pool, model, round_)
+    pool = _repeat_orders(pool, model, round_)
     for _ in range(_STEPS_MAX):
-        replicas = [_replica(pool, each) for each in _usable(pool, model)]
+        replicas = [_replica(pool, each) for each in _usable(pool, model, round_.of(pool, model.alias))]
         decided = wish(
             scaling_of(pool.policy, model),
             pool.demand[model.alias],
             replicas,
             changed_at=pool.stepped_at.get(model.alias, -math.inf),
             wanted_once=model.alias in pool.wanted_up,
-            now=now,
+            now=round_.now,
         )
-        pool = replace(pool, wishes={**pool.wishes, model.alias: decided})
+        round_.wishes[model.alias] = decided
         if decided.step is Step.NONE:
             return pool, None
-        before = len(effects)
-        pool, blocked = _take(pool, model, decided, now, effects)
-        if len(effects) > before:
-            pool = replace(pool, stepped_at={**pool.stepped_at, model.alias: now})
+        before = len(round_.effects)
+        pool, blocked = _take(pool, model, decided, round_)
+        if len(round_.effects) > before:
+            pool = replace(pool, stepped_at={**pool.stepped_at, model.alias: round_.now})
         if blocked:
-            waits = replace(decided, due=now + _RECHECK_S if decided.urgent else decided.due)
-            return replace(pool, wishes={**pool.wishes, model.alias: waits}), blocked
+            if decided.urgent:
+                round_.wishes[model.alias] = replace(decided, due=round_.now + _RECHECK_S)
+            return pool, blocked
     return pool, None
 
 
@@ -198,12 +222,9 @@ def _first(own: float | None, general: float) -> float:
     return general if own is None else own
 
 
-def _usable(pool: Pool, model: Model) -> list[Instance]:
-    return [
-        each
-        for each in pool.instances.values()
-        if each.alias == model.alias and not each.stopping and each.key == model.key and _alive(pool, each)
-    ]
+def _usable(pool: Pool, model: Model, instances: Iterable[Instance]) -> list[Instance]:
+    """Those of a model's instances that count as its replicas."""
+    return [each for each in instances if not each.stopping and each.key == model.key and _alive(pool, each)]
 
 
 def _replica(pool: Pool, instance: Instance) -> Replica:
@@ -226,23 +247,23 @@ def _replica(pool: Pool, instance: Instance) -> Replica:
     )
 
 
-def _stop_surplus(pool: Pool, model: Model, now: float, effects: list[Effect]) -> Pool:
+def _stop_surplus(pool: Pool, model: Model, round_: _Round) -> Pool:
     most = scaling_of(pool.policy, model).max_replicas
-    for surplus in sorted(_usable(pool, model), key=_worth)[most:]:
-        pool = _stop(pool, key_of(surplus), f"{most} replicas are the most", now, effects)
+    for surplus in sorted(_usable(pool, model, round_.of(pool, model.alias)), key=_worth)[most:]:
+        pool = _stop(pool, key_of(surplus), f"{most} replicas are the most", round_)
     return pool
 
 
-def _repeat_orders(pool: Pool, model: Model, now: float, effects: list[Effect]) -> Pool:
+def _repeat_orders(pool: Pool, model: Model, round_: _Round) -> Pool:
     """Start failed instances again when that is due, and give orders again that nothing came of."""
-    wanted = _wanted(pool, model, now)
-    for instance in _usable(pool, model):
-        retry = wanted and has_failed(instance) and _due(instance.retry_at, 0.0, now)
-        unheard = not instance.acknowledged and _due(instance.ordered_at, ORDER_RETRY_S, now)
+    wanted = _wanted(pool, model, round_.now)
+    for instance in _usable(pool, model, round_.of(pool, model.alias)):
+        retry = wanted and has_failed(instance) and _due(instance.retry_at, 0.0, round_.now)
+        unheard = not instance.acknowledged and _due(instance.ordered_at, ORDER_RETRY_S, round_.now)
         if retry or unheard:
-            pool = _start(pool, instance, now, effects)
-        elif instance.order is not Step.NONE and _due(instance.ordered_at, ORDER_RETRY_S, now):
-            pool = _order(pool, instance, instance.order, "asked again", now, effects)
+            pool = _start(pool, instance, round_)
+        elif instance.order is not Step.NONE and _due(instance.ordered_at, ORDER_RETRY_S, round_.now):
+            pool = _order(pool, instance, instance.order, "asked again", round_)
     return pool
 
 
@@ -253,49 +274,48 @@ def _wanted(pool: Pool, model: Model, now: float) -> bool:
     return model.alias in pool.wanted_up or scaling.min_replicas > 0 or demand.busy or recently
 
 
-def _take(pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]) -> tuple[Pool, Shortage | None]:
+def _take(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool, Shortage | None]:
     """One step, or what is in its way."""
     if decided.step is Step.START:
-        return _start_another(pool, model, decided, now, effects)
-    instance = next(each for each in _usable(pool, model) if each.instance == decided.replica)
+        return _start_another(pool, model, decided, round_)
+    usable = _usable(pool, model, round_.of(pool, model.alias))
+    instance = next(each for each in usable if each.instance == decided.replica)
     if decided.step is Step.UNLOAD:
-        return _stop(pool, key_of(instance), decided.reason, now, effects), None
-    if not _due(instance.ordered_at, ORDER_RETRY_S, now) and instance.ordered_in is instance.state:
+        return _stop(pool, key_of(instance), decided.reason, round_), None
+    if not _due(instance.ordered_at, ORDER_RETRY_S, round_.now) and instance.ordered_in is instance.state:
         return pool, Shortage("its last order was refused a moment ago")
     if decided.step is Step.WAKE:
-        pool, blocked = _room_to_wake(pool, model, instance, decided, now, effects)
+        pool, blocked = _room_to_wake(pool, model, instance, decided, round_)
         if blocked:
             return pool, blocked
-    return _order(pool, instance, decided.step, decided.reason, now, effects), None
+    return _order(pool, instance, decided.step, decided.reason, round_), None
 
 
-def _order(pool: Pool, instance: Instance, step: Step, reason: str, now: float, effects: list[Effect]) -> Pool:
+def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Round) -> Pool:
     """Have it sleep or wake. Until a report shows that it began it counts as being on its way."""
     key, state = key_of(instance), instance.state
     again = instance.order is step
     if step is Step.WAKE:
-        effects.append(Wake(worker_id=key[0], instance=key[1], reason=reason))
+        round_.effects.append(Wake(worker_id=key[0], instance=key[1], reason=reason))
     else:
-        effects.append(Sleep(worker_id=key[0], instance=key[1], level=_LEVEL[step], reason=reason))
+        round_.effects.append(Sleep(worker_id=key[0], instance=key[1], level=_LEVEL[step], reason=reason))
         if state is InstanceState.ACTIVE:
-            state = InstanceState.DRAINING  # no route leads there from now on
+            state = InstanceState.DRAINING  # no route leads there from round_.now on
     return change(
         pool,
         key,
         state=state,
         order=step,
         ordered_in=instance.ordered_in if again else instance.state,
-        ordered_at=now,
-        starting_since=instance.starting_since if again else now,
+        ordered_at=round_.now,
+        starting_since=instance.starting_since if again else round_.now,
         woken_from=sleep_level(instance.state) if step is Step.WAKE and not again else instance.woken_from,
-        idle_since=pool.demand[instance.alias].asked_at if instance.alias in pool.demand else now,
+        idle_since=pool.demand[instance.alias].asked_at if instance.alias in pool.demand else round_.now,
     )
 
 
-def _start_another(
-    pool: Pool, model: Model, decided: Wish, now: float, effects: list[Effect]
-) -> tuple[Pool, Shortage | None]:
-    mine = [each for each in pool.instances.values() if each.alias == model.alias]
+def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool, Shortage | None]:
+    mine = round_.of(pool, model.alias)
     ending = {each.instance for each in mine if each.stopping and _alive(pool, each)}
     name = free_name(model.alias, {each.instance for each in mine} - ending)
     if name in ending:
@@ -303,15 +323,15 @@ def _start_another(
     candidates = _candidates(pool, model)
     choice = place(_need(model), candidates)
     if isinstance(choice, Placement):
-        return _start(pool, _new_instance(model, name, choice), now, effects), None
+        return _start(pool, _new_instance(model, name, choice), round_), None
     if not decided.urgent:
         return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model))
     shortfalls = {each.worker_id: shortfall(_need(model), each) for each in candidates}
-    return _make_room(pool, model, {name: short for name, short in shortfalls.items() if short}, choice, now, effects)
+    return _make_room(pool, model, {name: short for name, short in shortfalls.items() if short}, choice, round_)
 
 
 def _room_to_wake(
-    pool: Pool, model: Model, instance: Instance, decided: Wish, now: float, effects: list[Effect]
+    pool: Pool, model: Model, instance: Instance, decided: Wish, round_: _Round
 ) -> tuple[Pool, Shortage | None]:
     """Nothing in the way, or what; others give way where somebody waits."""
     candidate = next(each for each in _candidates(pool, model) if each.worker_id == instance.worker_id)
@@ -327,7 +347,7 @@ def _room_to_wake(
     refusal = Refusal(f"{instance.worker_id}: to wake {instance.instance} lacks {numbers}")
     if not decided.urgent:
         return pool, Shortage(refusal.reason)
-    return _make_room(pool, model, {instance.worker_id: short}, refusal, now, effects)
+    return _make_room(pool, model, {instance.worker_id: short}, refusal, round_)
 
 
 def _make_room(
@@ -335,8 +355,7 @@ def _make_room(
     model: Model,
     shortfalls: Mapping[str, Mapping[int, int]],
     refusal: Refusal,
-    now: float,
-    effects: list[Effect],
+    round_: _Round,
 ) -> tuple[Pool, Shortage | None]:
     """Have others give way on the worker where that costs least; say what is waited for, or why nobody can."""
     plans: list[tuple[float, str, Plan]] = []
@@ -348,7 +367,7 @@ def _make_room(
         rest = {device: lacking - coming[device] for device, lacking in short.items() if lacking > coming[device]}
         if not rest:
             return pool, Shortage(f"waits for memory that is being given back on {worker_id}")
-        result = plan(rest, [_holder(pool, each, model, now) for each in here if not _leaving(each)], model.alias)
+        result = plan(rest, [_holder(pool, each, model, round_) for each in here if not _leaving(each)], model.alias)
         if isinstance(result, NoPlan):
             refusals.append((worker_id, result))
             moving = moving or result.for_now or any(_is_moving(each) for each in here)
@@ -361,11 +380,11 @@ def _make_room(
     for eviction in cheapest.evictions:
         key = (worker_id, eviction.instance)
         if eviction.step is Step.UNLOAD:
-            pool = _stop(pool, key, eviction.reason, now, effects)
+            pool = _stop(pool, key, eviction.reason, round_)
         else:
-            pool = _order(pool, pool.instances[key], eviction.step, eviction.reason, now, effects)
-    recent = tuple(at for at in pool.swaps.get(worker_id, ()) if now - at < _MINUTE_S)
-    pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(now for _ in cheapest.evictions))})
+            pool = _order(pool, pool.instances[key], eviction.step, eviction.reason, round_)
+    recent = tuple(at for at in pool.swaps.get(worker_id, ()) if round_.now - at < _MINUTE_S)
+    pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(round_.now for _ in cheapest.evictions))})
     names = ", ".join(each.instance for each in cheapest.evictions)
     return pool, Shortage(f"waits for {names} to give way on {worker_id}")
 
@@ -384,18 +403,18 @@ def _returning(instance: Instance, device: int) -> int:
     return instance.memory_bytes if _leaving(instance) and device in instance.devices else 0
 
 
-def _holder(pool: Pool, instance: Instance, wanting: Model, now: float) -> Holder:
+def _holder(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> Holder:
     asleep = instance.state in _ASLEEP
     holds = instance.held_bytes if asleep else instance.memory_bytes
     demand = pool.demand.get(instance.alias)
-    kept, for_now = _kept(pool, instance, wanting, now)
+    kept, for_now = _kept(pool, instance, wanting, round_)
     return Holder(
         instance=instance.instance,
         alias=instance.alias,
         state=instance.state,
         holds=dict.fromkeys(instance.devices, holds),
         ways=_ways(pool, instance, holds),
-        chance=demand.chance(SOON_S, now) if demand else 0.0,
+        chance=demand.chance(SOON_S, round_.now) if demand else 0.0,
         kept=kept,
         for_now=for_now,
     )
@@ -413,7 +432,7 @@ def _ways(pool: Pool, instance: Instance, holds: int) -> tuple[Way, ...]:
     return tuple(ways)
 
 
-def _kept(pool: Pool, instance: Instance, wanting: Model, now: float) -> tuple[str, bool]:
+def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tuple[str, bool]:
     """Why it may not give way to that model now, and whether it may later; ("", False) when it may."""
     model, demand = pool.models.get(instance.alias), pool.demand.get(instance.alias)
     if instance.alias == wanting.alias:
@@ -424,17 +443,17 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, now: float) -> tuple[s
         return "is on its way up", True
     if model is None or demand is None or instance.state in _ASLEEP:
         return "", False
-    recent = [at for at in pool.swaps.get(instance.worker_id, ()) if now - at < _MINUTE_S]
+    recent = [at for at in pool.swaps.get(instance.worker_id, ()) if round_.now - at < _MINUTE_S]
     if len(recent) >= pool.policy.swaps_per_minute:
         return f"stays, since {len(recent)} gave way there within a minute", True
-    awake = [each for each in _usable(pool, model) if each.state is InstanceState.ACTIVE]
+    awake = [each for each in _usable(pool, model, round_.of(pool, model.alias)) if each.state is InstanceState.ACTIVE]
     if len(awake) <= scaling_of(pool.policy, model).min_replicas:
         return "is one of the replicas to be kept", False
-    up_s = now - instance.active_since
+    up_s = round_.now - instance.active_since
     if up_s < (turn_s := _turn_s(pool, instance)):
         return f"is up for only {up_s:.0f} of {turn_s:.0f} s", True
     waiting_since = pool.demand[wanting.alias].waiting_since
-    patient = waiting_since is None or now - waiting_since < pool.policy.turn_max_s
+    patient = waiting_since is None or round_.now - waiting_since < pool.policy.turn_max_s
     if patient and (inflight := demand.inflight(instance.instance)):
         return f"has {inflight} in flight", True
     return "", False
@@ -479,20 +498,21 @@ def _worth(instance: Instance) -> tuple[int, int, str]:
     return order.get(instance.state, 1), replica_number(instance.instance, instance.alias), instance.worker_id
 
 
-def _start(pool: Pool, instance: Instance, now: float, effects: list[Effect]) -> Pool:
-    effects.append(
+def _start(pool: Pool, instance: Instance, round_: _Round) -> Pool:
+    round_.effects.append(
         Start(worker_id=instance.worker_id, instance=instance.instance, alias=instance.alias, devices=instance.devices)
     )
-    again = instance.starting_since if not has_failed(instance) and instance.starting_since else now
+    again = instance.starting_since if not has_failed(instance) and instance.starting_since else round_.now
     started = replace(
         instance,
         state=InstanceState.STARTING,
         acknowledged=False,
         missing=0,
-        ordered_at=now,
+        ordered_at=round_.now,
         starting_since=again,
         retry_at=None,
     )
+    round_.joined(key_of(instance), instance.alias)
     return put(pool, key_of(instance), started)
 
 
