@@ -194,10 +194,10 @@ def test_a_coroutine_is_timed_step_by_step_and_keeps_its_result_and_its_errors()
     assert clock.functions["sleep"].calls == 4
 
 
-def test_a_second_process_brings_what_the_busiest_one_leaves() -> None:
-    def round_of(*gateways_us: float) -> processes.Measured:
-        return processes.Measured(per_second=1, gateways_us=list(gateways_us), clients_us=1, engines_us=1)
+def test_a_second_process_brings_what_the_one_with_most_connections_leaves() -> None:
+    def round_of(gateway_us: float, most: float) -> processes.Measured:
+        return processes.Measured(per_second=1, gateway_us=gateway_us, clients_us=1, engines_us=1, most=most)
 
-    one, two = [round_of(50), round_of(60), round_of(40)], [round_of(25, 25), round_of(20, 40), round_of(20, 20)]
-    assert processes.ratio(one, two) == 2.0
-    assert processes.ratio(one[1:2], two[1:2]) == 1.5
+    assert processes.ratio([round_of(50, 1)] * 3, [round_of(50, 0.5)] * 3) == 2
+    assert processes.ratio([round_of(50, 1)], [round_of(50, 0.625)]) == 1.6
+    assert processes.ratio([round_of(60, 1)], [round_of(80, 0.5)]) == 1.5
