@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 
 import pytest
 
-from modelpool.gateway.connection import Limits
+from modelpool.gateway.connection import ClientConnection, Limits
 from modelpool.gateway.listener import ACCEPTED
+from modelpool.relay.upstream import _Connection as Connection
 from tests.gateway_world import Client, World, chat, entry, gateway, request
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
@@ -45,6 +47,30 @@ async def test_many_clients_that_come_at_once_are_taken_within_a_few_turns_of_th
         for client in clients:
             client.close()
     assert taken == len(clients)
+
+
+@on_uvloop
+async def test_closed_connections_leave_nothing_for_the_garbage_collector() -> None:
+    kinds = ClientConnection, Connection
+
+    def alive() -> int:
+        return sum(type(each) in kinds for each in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        async with serving(echo) as endpoint, gateway(entry("m", [endpoint])) as world:
+            for _ in range(5):
+                assert (await world.ask(chat())).status == 200
+                assert (await world.ask(b"GET / HTTP/9\r\n\r\n")).status == 400
+            await world.until_idle()
+            while world.listener.connections:
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        assert alive() == before
+    finally:
+        gc.enable()
 
 
 @on_uvloop

@@ -349,6 +349,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        del self._parser  # they hold each other, which only a rare full look of the garbage collector would find
         self._queue.clear()
         self._unread = b""
         if self._task is not None:
@@ -513,6 +514,7 @@ class ClientConnection(asyncio.Protocol):
             return  # to be read again without its upgrade
         self._phase = _Phase.IDLE
         self._request = None
+        self._headers = []
         self._continue = False
         body = self._body
         request.body = body[0] if len(body) == 1 else b"".join(body)

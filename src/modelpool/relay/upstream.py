@@ -251,6 +251,7 @@ class _Connection(asyncio.Protocol):
         self._pool.count(-1)
         self._ended(exc)
         self._transport = None
+        del self._parser  # they hold each other
 
     # Called by the parser
 
