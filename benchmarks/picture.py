@@ -60,7 +60,10 @@ def picture(results: Results) -> str:
 
 def _panel(panel: Panel, ours: str) -> list[str]:
     top = _MARGIN * 2
-    lines = [_text(_MARGIN, top, panel.title, size=14), _text(_WIDTH - _MARGIN, top, "less is better, log scale", "end", _PALE)]
+    lines = [
+        _text(_MARGIN, top, panel.title, size=14),
+        _text(_WIDTH - _MARGIN, top, "less is better, log scale", "end", _PALE),
+    ]
     own = panel.values[ours]
     for number, (name, value) in enumerate(panel.values.items()):
         y = top + 14 + number * (_BAR + _GAP)
