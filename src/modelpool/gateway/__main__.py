@@ -168,8 +168,8 @@ def ending_signal() -> asyncio.Event:
 def calm_collector() -> None:
     """Have cycles looked for rarely: a full look at nine thousand streams stops them all for a quarter of a second.
 
-    What is there by now stays for good and is looked at no more. Requests and connections leave no cycles behind, unless
-    they fail.
+    What is there by now stays for good and is looked at no more. Requests and connections leave no cycles behind,
+    unless they fail.
     """
     gc.collect()
     gc.freeze()
