@@ -190,6 +190,17 @@ async def test_who_expects_100_continue_gets_it_before_the_body() -> None:
 
 
 @on_uvloop
+async def test_who_expects_100_continue_and_sends_a_broken_body_at_once_is_told_what_is_wrong() -> None:
+    async with gateway() as world:
+        loop, told = asyncio.get_running_loop(), list[object]()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        head = request("POST", "/v1/completions", headers={"Expect": "100-continue", "Transfer-Encoding": "chunked"})
+        answer = await world.ask(head + b"no chunk\r\n")
+        assert (answer.status, answer.code) == (400, "invalid_http")
+        assert told == []
+
+
+@on_uvloop
 async def test_who_expects_100_continue_for_a_refused_request_gets_the_refusal_instead() -> None:
     async with gateway(api_key="key") as world:
         client = await world.connect()

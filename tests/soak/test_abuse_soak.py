@@ -166,7 +166,7 @@ async def world(folder: Path, rng: random.Random) -> AsyncIterator[World]:
         await stack.enter_async_context(serving(manager, path=home.control_socket))
         log = stack.enter_context((folder / "gateway.log").open("wb"))
         running = await stack.enter_async_context(started(folder, log, **ENVIRONMENT))
-        shared = SharedInflight(stack.enter_context(joined(home.run / "gateway")))
+        shared = SharedInflight(stack.enter_context(joined(home.shared_memory())))
         routes = [route for each in (*entries, *moving) for route in each.routes]
         rows = [shared.take(f"{route.worker_id}/{route.instance}/{route.port}") for route in routes]
         changing = asyncio.create_task(change(manager, moving))

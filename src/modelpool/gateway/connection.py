@@ -453,6 +453,7 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, error: PoolError) -> None:
         """Answer with this when it is its turn, and read nothing more."""
         self._phase = _Phase.NOTHING
+        self._continue = False
         self._queue.append(error)
 
     # Called by the parser
