@@ -375,7 +375,7 @@ class StrictEngine:
     """
 
     token = b"Bearer the-cluster-token"
-    paths = rb"/v1/[a-z/]+|/tokenize|/v1/responses/[\w-]+(/cancel)?"
+    paths = rb"/v1/[a-z/]+|/tokenize|/v1/responses/[\w%.~-]+(/cancel)?"
 
     def __init__(self) -> None:
         self.wrong: list[str] = []
@@ -429,14 +429,14 @@ class StrictManager(StrictEngine):
     """The same for the control socket, with one snapshot."""
 
     token = b""
-    paths = rb"/(admin|workers|snapshots|openapi\.json)([/?].*)?"
+    paths = rb"/(admin|workers|snapshots|demand|openapi\.json)([/?].*)?"
 
     def __init__(self, *first: Update) -> None:
         super().__init__()
         self._first = first
 
     def answer(self, request: h11.Request, body: bytes) -> bytes:
-        if request.target == b"/snapshots":
+        if request.target.startswith(b"/snapshots"):
             lines = b"".join(chunk(msgspec.json.encode(each) + b"\n") for each in self._first)
             return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + lines
         answer = super().answer(request, body)

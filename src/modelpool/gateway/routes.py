@@ -73,6 +73,7 @@ _LOCAL = {
     b"/": Route(Kind.INDEX, Scope.OPEN, b"/"),
     b"/health": Route(Kind.HEALTH, Scope.OPEN, b"/health"),
     b"/metrics": Route(Kind.METRICS, Scope.ADMIN, b"/metrics"),
+    b"/openapi.json": Route(Kind.CONTROL, Scope.INFERENCE, b"/openapi.json"),
     b"/v1/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
     b"/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),
 }

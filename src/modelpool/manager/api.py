@@ -9,9 +9,9 @@ import msgspec
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from modelpool import __version__
 from modelpool.control_http import answer, body_schema, render_errors
 from modelpool.errors import BodyTooLarge
+from modelpool.manager.openapi import document
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
 from modelpool.messages.demand import DemandReport
@@ -25,9 +25,7 @@ MAX_SPEC_BYTES = 256 << 10
 
 def control_app(manager: ManagerPort) -> FastAPI:
     """Every route of the control plane. Who may call is decided by whoever serves it."""
-    app = FastAPI(
-        title="Model Pool control", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     render_errors(app)
     _add_model_routes(app, manager)
     _add_worker_routes(app, manager)
@@ -41,12 +39,16 @@ def control_app(manager: ManagerPort) -> FastAPI:
     async def status() -> Response:
         return answer(await manager.status())
 
-    @app.post("/demand", openapi_extra=body_schema(DemandReport))
+    @app.post("/demand", include_in_schema=False)
     async def demand(request: Request) -> Response:
         await manager.demand(decode_body(await request.body(), DemandReport))
         return answer({"status": "ok"})
 
-    @app.get("/snapshots")
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return answer(document(app))
+
+    @app.get("/snapshots", include_in_schema=False)
     async def snapshots(gateway: str = "") -> Response:
         async def lines() -> AsyncIterator[bytes]:
             async for update in manager.snapshots(gateway):
