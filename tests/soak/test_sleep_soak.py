@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 ROUND = ((1,), (2,), (1, 2), (1,))
 ROUNDS = 50
+# As often as the test likes, by its own orders and by its requests only.
+UNHURRIED = {"MODEL_SWAPS_PER_MINUTE": "100000", "MODEL_MIN_RESIDENCE": "0"}
 DAMAGES = ("ZeroedLayer", "SwappedLayers", "SkippedReload")
 
 
@@ -26,17 +28,17 @@ def test_fifty_rounds_of_the_whole_ladder_are_flat_and_say_the_same(tmp_path: Pa
     said: Counter[str] = Counter()
     times: dict[int, list[float]] = {0: [], 1: [], 2: []}
     sizes: dict[str, list[float]] = {"awake": [], "level 1": [], "level 2": []}
-    with running_pool(tmp_path) as pool:
+    with running_pool(tmp_path, **UNHURRIED) as pool:
         pool.wait_active("demo")
         with ladder(pool, "demo") as ladder_:
             pid = ladder_.status()["pid"]
             for _ in range(ROUNDS):
                 for levels in ROUND:
-                    times[0].append(ladder_.first_token_s(from_sleep=False))
+                    times[0].append(ladder_.first_token_s())
                     for level in levels:
                         change = ladder_.sleep(level)
                         sizes[f"level {level}"].append(change["bytes_after"] / 1e6)
-                    times[levels[-1]].append(ladder_.first_token_s(from_sleep=True))
+                    times[levels[-1]].append(ladder_.first_token_s())
                     said[ladder_.says()] += 1
                 sizes["awake"].append(ladder_.pss() / 1e6)
             assert ladder_.status()["pid"] == pid, "no wake was taken for a damaged one"
@@ -84,7 +86,7 @@ class Asking:
 
 def test_every_damaged_wake_is_found_before_a_client_sees_it_and_the_instance_is_started_again(tmp_path: Path) -> None:
     rounds, back = 7, []
-    with running_pool(tmp_path, MODELPOOL_BACKOFF_MAX="1") as pool:
+    with running_pool(tmp_path, **UNHURRIED, MODELPOOL_BACKOFF_MAX="1") as pool:
         pool.wait_active("demo")
         with ladder(pool, "demo") as sound:
             right = sound.says()
