@@ -6,42 +6,51 @@ import statistics
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from modelpool import demo
-from tests.e2e.ladder import Ladder, ladder
+from tests.contract.worker_process import running_worker
+from tests.e2e.ladder import Ladder, ladder, settled
 from tests.e2e.pool import Json, PoolProcess, eventually, running_pool
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 ROUND = ((1,), (2,), (1, 2), (1,))
 ROUNDS = 50
-# As often as the test likes, by its own orders and by its requests only.
-UNHURRIED = {"MODEL_SWAPS_PER_MINUTE": "100000", "MODEL_MIN_RESIDENCE": "0"}
 DAMAGES = ("ZeroedLayer", "SwappedLayers", "SkippedReload")
+
+
+@contextmanager
+def lone_ladder(home: Path) -> Iterator[Ladder]:
+    """The demo on a worker without a manager: nobody but the test puts it to sleep or wakes it."""
+    with running_worker(home, True) as worker:
+        order = {"alias": demo.ALIAS, "model_name": str(demo.model_path()), "engine_args": demo.engine_args()}
+        assert worker.http.post("/instances/start", json={"model": order}).status_code == 200
+        worker.wait(demo.ALIAS, "ACTIVE", within=120)
+        yield Ladder(demo.ALIAS, worker.http, worker.http, f"/proxy/{demo.ALIAS}/v1/completions")
 
 
 def test_fifty_rounds_of_the_whole_ladder_are_flat_and_say_the_same(tmp_path: Path) -> None:
     said: Counter[str] = Counter()
     times: dict[int, list[float]] = {0: [], 1: [], 2: []}
     sizes: dict[str, list[float]] = {"awake": [], "level 1": [], "level 2": []}
-    with running_pool(tmp_path, **UNHURRIED) as pool:
-        pool.wait_active("demo")
-        with ladder(pool, "demo") as ladder_:
-            pid = ladder_.status()["pid"]
-            for _ in range(ROUNDS):
-                for levels in ROUND:
-                    times[0].append(ladder_.first_token_s())
-                    for level in levels:
-                        change = ladder_.sleep(level)
-                        sizes[f"level {level}"].append(change["bytes_after"] / 1e6)
-                    times[levels[-1]].append(ladder_.first_token_s())
-                    said[ladder_.says()] += 1
-                sizes["awake"].append(ladder_.pss() / 1e6)
-            assert ladder_.status()["pid"] == pid, "no wake was taken for a damaged one"
+    with lone_ladder(tmp_path) as ladder_:
+        pid = ladder_.status()["pid"]
+        for _ in range(ROUNDS):
+            for levels in ROUND:
+                times[0].append(ladder_.first_token_s())
+                for level in levels:
+                    change = ladder_.sleep(level)
+                    sizes[f"level {level}"].append(change["bytes_after"] / 1e6)
+                times[levels[-1]].append(ladder_.first_token_s(wake=True))
+                said[ladder_.says()] += 1
+            sizes["awake"].append(ladder_.pss() / 1e6)
+        assert ladder_.status()["pid"] == pid, "no wake was taken for a damaged one"
     awake = statistics.median(times[0])
     print(
         f"\nladder: {ROUNDS} rounds, {said.total()} wakes; {len(said)} answer; awake: first token {awake * 1e3:.0f} ms"
@@ -86,7 +95,7 @@ class Asking:
 
 def test_every_damaged_wake_is_found_before_a_client_sees_it_and_the_instance_is_started_again(tmp_path: Path) -> None:
     rounds, back = 7, []
-    with running_pool(tmp_path, **UNHURRIED, MODELPOOL_BACKOFF_MAX="1") as pool:
+    with running_pool(tmp_path, MODELPOOL_BACKOFF_MAX="1") as pool:
         pool.wait_active("demo")
         with ladder(pool, "demo") as sound:
             right = sound.says()
@@ -96,7 +105,8 @@ def test_every_damaged_wake_is_found_before_a_client_sees_it_and_the_instance_is
             pool.wait_active(damage)
             with ladder(pool, damage) as broken:
                 for _ in range(rounds):
-                    back.append(_damaged(broken, right))
+                    settled(pool, damage)
+                    back.append(_damaged(pool, broken, right))
             pool.remove(damage)
     print(
         f"\ndamaged wakes: {len(back)} of {rounds * len(DAMAGES)} found; from the order to wake until a new start "
@@ -105,12 +115,13 @@ def test_every_damaged_wake_is_found_before_a_client_sees_it_and_the_instance_is
     assert len(back) == rounds * len(DAMAGES) == 21
 
 
-def _damaged(broken: Ladder, right: str) -> float:
+def _damaged(pool: PoolProcess, broken: Ladder, right: str) -> float:
     """A wake that goes wrong; how long it took until the model answered again."""
     failed = broken.report()["pid"]
     broken.sleep(2)
-    asking = Asking(broken.pool, broken.alias)
+    asking = Asking(pool, broken.alias)
     begin = time.monotonic()
+    # The clients have it woken; an order of ours comes to the same.
     broken.order_wake()
 
     def started_again() -> Json | None:

@@ -413,6 +413,15 @@ def test_an_instance_that_sleeps_is_a_replica_like_others_nothing_is_started_or_
     assert adopted.instances["w", "m"].state is state
 
 
+def test_one_that_somebody_else_put_to_sleep_is_idle_from_then_on() -> None:
+    """Not since ever: it would go on to the next level at once."""
+    pool, _ = play((0, ModelRegistered(model())), (0, heard()), (1, heard("w", report(at=1))))
+    for now, state in ((10_000.0, S.DRAINING), (10_001.0, S.SLEEP_1), (10_002.0, S.SLEEP_1)):
+        pool, effects = play((now, heard("w", report(state=state, at=now))), pool=pool)
+        assert effects == []
+    assert pool.instances["w", "m"].idle_since == 10_000.0
+
+
 def test_a_wake_that_fails_is_a_failure_like_others() -> None:
     asleep = heard("w", report(state=S.SLEEP_2, at=1))
     failed = heard("w", report(state=S.FAILED, reason="wrong after waking", at=3))

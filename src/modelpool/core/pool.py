@@ -21,6 +21,8 @@ UNWANTED_GRACE_S = 30.0
 WORKER_BACK_S = 30.0
 """A worker whose process has ended is started again by what keeps it, and imports its engines: within this."""
 
+_LYING_DOWN = (InstanceState.DRAINING, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
+
 Key = tuple[str, str]
 """(worker_id, instance)"""
 
@@ -415,7 +417,8 @@ def _merge(
         starting_since=known.starting_since,
         active_since=known.active_since if known.state is InstanceState.ACTIVE else now,
         unwanted_since=known.unwanted_since,
-        idle_since=known.idle_since,
+        # One that went to sleep without an order of ours was idle from then on, as far as anybody knows.
+        idle_since=known.idle_since if known.order is not Step.NONE or known.state in _LYING_DOWN else now,
         woken_from=known.woken_from,
     )
     if known.order is not Step.NONE and seen.state is known.ordered_in:

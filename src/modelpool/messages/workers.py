@@ -56,6 +56,8 @@ class Address(msgspec.Struct, frozen=True):
 class LevelChange(msgspec.Struct, frozen=True, kw_only=True):
     """The last time that an instance went to sleep, or woke. Bytes are PSS of its process tree, before and after.
 
+    After a wake they are measured once it takes requests; 0 until then.
+
     `level`: the one it went to, or came from. `seconds` come after `drain_s`, the wait for requests in flight.
     `reason`: why it stayed awake; "" when it did not.
     """

@@ -65,9 +65,7 @@ async def _wake(instance: Instance, host: Host) -> str:
     match await host.change(Wake()):
         case Woken(level=level, seconds=seconds, canary_s=canary_s):
             # Before it is measured: somebody waits for it.
-            instance.awake(
-                LevelChange(level=level, seconds=seconds, canary_s=canary_s, bytes_before=before, bytes_after=before)
-            )
+            instance.awake(LevelChange(level=level, seconds=seconds, canary_s=canary_s, bytes_before=before))
             instance.measured(await _measure(host))
             log.info("%s is awake: %s", instance.name, instance.last_wake)
         case WakeFailed(reason):
