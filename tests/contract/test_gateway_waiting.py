@@ -60,6 +60,18 @@ async def opened(client: Client) -> bytes:
 
 
 @on_uvloop
+async def test_many_that_wait_for_hardly_any_time_are_all_told_so() -> None:
+    async with gateway(away(), rules=rules()) as world:
+        clients = [await world.connect() for _ in range(200)]
+        for client in clients:
+            client.send(chat(headers={"X-ModelPool-Max-Wait": "0.0004"}) * 5)
+        for client in clients:
+            codes = [(await client.answer()).code for _ in range(5)]
+            assert codes == ["model_not_ready"] * 5
+        assert world.room.waiting == 0
+
+
+@on_uvloop
 async def test_a_plain_request_waits_and_notices_nothing() -> None:
     raw = response(b'{"ok": true}', "Content-Type: application/json")
     upstream = Upstream(raw)

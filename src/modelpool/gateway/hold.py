@@ -76,7 +76,8 @@ class Room:
         self._futures: dict[Ticket, asyncio.Future[None]] = {}
         self._awake_only: set[Ticket] = set()
         self._news: set[asyncio.Future[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings_at = 0.0
         # How fast those who wait were granted, since last nobody waited.
         self._since = 0.0
         self._granted = 0
@@ -203,10 +204,11 @@ class Room:
     def _arm(self) -> None:
         """One timer, for the earliest deadline, while anybody waits. It may ring too early, and is set again then."""
         due = self._admission.next_deadline
-        if self._timer is not None and (due is None or due < self._timer.when()):
+        if self._timer is not None and (due is None or due < self._rings_at):
             self._timer.cancel()
             self._timer = None
         if due is not None and self._timer is None:
+            self._rings_at = due
             self._timer = asyncio.get_running_loop().call_at(due, self._ring)
 
     def _ring(self) -> None:
