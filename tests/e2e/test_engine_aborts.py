@@ -102,9 +102,9 @@ def test_the_slot_goes_to_who_waits_for_it(narrow: PoolProcess, engine: Engine, 
     with ExitStack() as staying:
         staying.enter_context(asked(narrow, stream=True))
         with asked(narrow, stream=stream):
-            engine.reaches(SLOTS, 0, 5)
+            engine.reaches(SLOTS, 0, 30)
             waiting = staying.enter_context(asked(narrow, stream=True, tokens=4))
-            engine.reaches(SLOTS, 1, 5)
+            engine.reaches(SLOTS, 1, 30)
         left = time.monotonic()
         # Its answer begins with its first token, for which it needs the slot.
         assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 200")
