@@ -59,7 +59,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     held: int
 
 
-FULL = Plan(rounds=3, seconds=1.2, held=1000)
+FULL = Plan(rounds=4, seconds=0.9, held=1000)
 QUICK = Plan(rounds=1, seconds=0.4, held=300)
 
 

@@ -50,8 +50,8 @@ def most_of(running: Running) -> float:
             stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
         for _ in range(100):
             taken = [process.num_fds() - was for process, was in zip(running.processes, before, strict=True)]
-            if sum(taken) == CONNECTIONS:
-                return max(taken) / CONNECTIONS
+            if sum(taken) >= CONNECTIONS:
+                return max(taken) / sum(taken)
             time.sleep(0.05)
     raise RuntimeError(f"of {CONNECTIONS} connections {taken} were taken")
 

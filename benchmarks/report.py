@@ -107,10 +107,10 @@ class Aim(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def best(rows: Iterable[Row]) -> list[Row]:
-    """Of several rounds the least of each figure: what disturbs a measurement mostly adds to it.
+    """Of several rounds the least of each figure: what disturbs a measurement only adds to it.
 
-    Not to a stream's CPU: where the router has to wait for a core, chunks are joined. So the round with most pieces
-    tells that.
+    With one exception: a router that has to wait for a core joins the chunks of streams, which is less work. So CPU
+    counts of those rounds only whose answers came in about as many pieces as in any.
     """
     by_load: dict[tuple[str, Load, int], list[Row]] = {}
     for row in rows:
@@ -119,8 +119,8 @@ def best(rows: Iterable[Row]) -> list[Row]:
 
 
 def _best(same: Sequence[Row]) -> Row:
-    plain = same[0].load is Load.PLAIN
-    chosen = min(same, key=lambda row: row.cpu_us) if plain else max(same, key=lambda row: row.segments)
+    most = max(row.segments for row in same)
+    chosen = min((row for row in same if row.segments >= 0.9 * most), key=lambda row: row.cpu_us)
     return msgspec.structs.replace(
         chosen,
         requests=min(row.requests for row in same),

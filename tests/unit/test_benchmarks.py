@@ -58,9 +58,10 @@ def test_of_several_rounds_the_least_of_each_figure_counts() -> None:
     assert merged["b"] == other
 
 
-def test_of_streams_the_round_with_most_pieces_says_the_cpu() -> None:
+def test_of_streams_a_round_whose_chunks_were_joined_does_not_count() -> None:
     joined, apart = row("a", Load.PACED, cpu_us=500, segments=20.0), row("a", Load.PACED, cpu_us=900, segments=64.0)
-    (merged,) = best([joined, apart])
+    disturbed = row("a", Load.PACED, cpu_us=1200, segments=65.0)
+    (merged,) = best([joined, disturbed, apart])
     assert (merged.cpu_us, merged.segments) == (900, 64)
 
 
