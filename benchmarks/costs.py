@@ -30,7 +30,7 @@ from benchmarks.keys import LIMITED
 from benchmarks.machine import cpu_seconds
 from benchmarks.pace import CHUNKS
 from benchmarks.report import USUAL, Load, table
-from benchmarks.routers import Running, gateways, upstreams
+from benchmarks.routers import Running, end_on_sigterm, gateways, upstreams
 from modelpool.home import Home
 
 SECONDS = 4.0
@@ -248,6 +248,7 @@ def measure(kind: Load, key: str | None = None) -> Costs:
 def main() -> int:
     if _OUT in os.environ:
         return instrumented()
+    end_on_sigterm()
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     columns = {
         "plain request": measure(Load.PLAIN),

@@ -31,7 +31,7 @@ from benchmarks.machine import Watch, cpu_seconds, pss_bytes
 from benchmarks.pace import CHUNKS
 from benchmarks.picture import picture
 from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, best, report
-from benchmarks.routers import OURS, OURS_LIMITED, Running, routers, upstreams
+from benchmarks.routers import OURS, OURS_LIMITED, Running, end_on_sigterm, routers, upstreams
 from modelpool import __version__
 from modelpool.home import Home
 
@@ -204,6 +204,7 @@ def _commit() -> str:
 
 
 def main() -> None:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="one short round: figures are rough, and kept only with --out"

@@ -25,7 +25,7 @@ import msgspec
 from benchmarks.gateway import load
 from benchmarks.machine import Watch, cpu_seconds
 from benchmarks.report import table
-from benchmarks.routers import Running, Upstreams, gateways, upstreams
+from benchmarks.routers import Running, Upstreams, end_on_sigterm, gateways, upstreams
 from modelpool.home import Home
 
 CONNECTIONS = 256
@@ -95,6 +95,7 @@ def ratio(one: list[Measured], several: list[Measured]) -> float:
 
 
 def main() -> None:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -24,7 +24,7 @@ from benchmarks.gateway import held, load
 from benchmarks.hold import Held
 from benchmarks.load import Measured
 from benchmarks.machine import Machine, Watch, cpu_seconds, pss_bytes
-from benchmarks.routers import Running, gateways, upstreams
+from benchmarks.routers import Running, end_on_sigterm, gateways, upstreams
 from modelpool.home import Home
 
 A_CLIENT = 4500
@@ -140,6 +140,7 @@ def _end(client: subprocess.Popen[bytes]) -> Held:
 
 
 def main() -> None:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=9000)
     parser.add_argument("--seconds", type=float, default=60.0)
