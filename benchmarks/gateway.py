@@ -108,12 +108,14 @@ def measure(name: str, running: Running, kind: Load, connections: int, seconds: 
     load(running, connections, seconds / 8, kind)  # warm: connections open, code paths seen
     before = cpu_seconds(running.processes)
     measured = load(running, connections, seconds, kind)
+    cpu_us = (cpu_seconds(running.processes) - before) / measured.requests * 1e6
     return Row(
         router=name,
         load=kind,
         connections=connections,
         requests=measured.requests,
-        cpu_us=(cpu_seconds(running.processes) - before) / measured.requests * 1e6,
+        cpu_us=cpu_us,
+        median_cpu_us=cpu_us,
         p50_us=measured.p50_us,
         p99_us=measured.p99_us,
         p999_us=measured.p999_us,

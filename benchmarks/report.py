@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -41,6 +42,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     connections: int
     requests: int
     cpu_us: float
+    median_cpu_us: float
+    """Of several rounds, the middle one."""
     p50_us: float
     p99_us: float
     p999_us: float
@@ -98,19 +101,21 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Aim(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure of ours may be at most `limit` times a rival's."""
+    """A figure of ours may be at most `limit` times a rival's. `median`: of the rounds, where it was looked at."""
 
     rival: str
     what: str
     ratio: float
     limit: float
+    median: float | None = None
 
 
 def best(rows: Iterable[Row]) -> list[Row]:
-    """Of several rounds the least of each figure: what disturbs a measurement only adds to it.
+    """Of several rounds the least of each figure: what disturbs a measurement mostly adds to it.
 
-    With one exception: a router that has to wait for a core joins the chunks of streams, which is less work. So CPU
-    counts of those rounds only whose answers came in about as many pieces as in any.
+    Not to the CPU of streams: a router that has to wait for a core joins chunks, which is less work. So of paced ones
+    only those rounds count whose answers came in about as many pieces as in any; of the others, whose chunks are always
+    joined, the median tells how far the least can be trusted.
     """
     by_load: dict[tuple[str, Load, int], list[Row]] = {}
     for row in rows:
@@ -119,10 +124,11 @@ def best(rows: Iterable[Row]) -> list[Row]:
 
 
 def _best(same: Sequence[Row]) -> Row:
-    most = max(row.segments for row in same)
+    most = max(row.segments for row in same) if same[0].load is Load.PACED else 0.0
     chosen = min((row for row in same if row.segments >= 0.9 * most), key=lambda row: row.cpu_us)
     return msgspec.structs.replace(
         chosen,
+        median_cpu_us=statistics.median(row.cpu_us for row in same),
         requests=min(row.requests for row in same),
         p50_us=min(row.p50_us for row in same),
         p99_us=min(row.p99_us for row in same),
@@ -139,7 +145,8 @@ def aims(results: Results) -> list[Aim]:
             ours, theirs = (results.row(name, load) for name in (results.ours, rival))
             if ours and theirs:
                 what = f"CPU of a {load}"
-                found.append(Aim(rival=rival, what=what, ratio=ours.cpu_us / theirs.cpu_us, limit=limit))
+                ratio, median = ours.cpu_us / theirs.cpu_us, ours.median_cpu_us / theirs.median_cpu_us
+                found.append(Aim(rival=rival, what=what, ratio=ratio, limit=limit, median=median))
         for share in ("p50", "p99"):
             ours, theirs = (results.row(name, Load.PLAIN) for name in (results.ours, rival))
             if ours and theirs:
@@ -212,16 +219,12 @@ def _latencies(results: Results, load: Load) -> str:
 
 
 def _aims(found: Iterable[Aim]) -> str:
-    rows = [
-        [
-            f"{aim.what}, of {aim.rival}'s",
-            f"{aim.ratio:.2f}",
-            f"{aim.limit:.2f}",
-            "yes" if aim.ratio <= aim.limit else "no",
-        ]
-        for aim in found
-    ]
-    return table(["what", "ratio", "at most", "kept"], rows)
+    def cells(aim: Aim) -> list[str]:
+        median = "" if aim.median is None else f"{aim.median:.2f}"
+        kept = "yes" if aim.ratio <= aim.limit else "no"
+        return [f"{aim.what}, of {aim.rival}'s", f"{aim.ratio:.2f}", median, f"{aim.limit:.2f}", kept]
+
+    return table(["what", "ratio", "of medians", "at most", "kept"], map(cells, found))
 
 
 def _ratio(value: float, own: float) -> str:

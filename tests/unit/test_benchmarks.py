@@ -25,6 +25,7 @@ def row(router: str, load: Load = Load.PLAIN, connections: int = 0, **figures: f
             "load": load,
             "connections": connections or USUAL[load],
             "requests": 5000,
+            "median_cpu_us": figures.get("cpu_us", 40.0),
             **usual,
             **figures,
         },
@@ -62,7 +63,8 @@ def test_of_streams_a_round_whose_chunks_were_joined_does_not_count() -> None:
     joined, apart = row("a", Load.PACED, cpu_us=500, segments=20.0), row("a", Load.PACED, cpu_us=900, segments=64.0)
     disturbed = row("a", Load.PACED, cpu_us=1200, segments=65.0)
     (merged,) = best([joined, disturbed, apart])
-    assert (merged.cpu_us, merged.segments) == (900, 64)
+    assert (merged.cpu_us, merged.segments, merged.median_cpu_us) == (900, 64, 900)
+    assert best([msgspec.structs.replace(each, load=Load.STREAM) for each in (joined, disturbed)])[0].cpu_us == 500
 
 
 def test_rows_of_other_loads_and_connections_are_not_merged() -> None:
@@ -75,7 +77,7 @@ def test_a_ratio_above_its_limit_is_not_kept() -> None:
     assert found["CPU of a plain request"].ratio == pytest.approx(4 / 7)
     text = report(results(ours=40, vllm_router=100, sglang_router=70))
     assert "CPU of a plain request, of vllm-router's" in text
-    kept = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in text.splitlines() if "CPU of a" in line}
+    kept = {line.split("|")[1].strip(): line.split("|")[5].strip() for line in text.splitlines() if "CPU of a" in line}
     assert kept["CPU of a plain request, of vllm-router's"] == "yes"
     assert kept["CPU of a plain request, of sglang-router's"] == "no"
 
