@@ -136,6 +136,38 @@ async def test_each_segment_arrives_before_the_next_is_made() -> None:
         await exchange.ended()
 
 
+@pytest.mark.parametrize("pauses", [False, True])
+@on_uvloop
+async def test_pieces_that_come_faster_than_any_engine_are_gathered(pauses: bool) -> None:
+    """Each in a segment of its own would cost two system calls."""
+    pieces = [chunk(b"data: %d\n\n" % number) for number in range(400)]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(EVENT_STREAM)
+        for piece in pieces:
+            await asyncio.sleep(0)
+            writer.write(piece)
+        await gone(reader)
+
+    async with serving(handle) as endpoint:
+        sink = Recorder()
+        exchange = await pool_of(endpoint).send(GET, sink)
+        await sink.until(3)
+        if pauses:
+            exchange.pause()
+            seen = len(sink.segments)
+            await asyncio.sleep(0.02)
+            assert len(sink.segments) == seen
+            exchange.resume()
+        while not sink.raw.endswith(pieces[-1]):
+            sink.news.clear()
+            await sink.news.wait()
+        assert sink.raw == EVENT_STREAM + b"".join(pieces)
+        assert len(sink.segments) < 200
+        exchange.close()
+
+
 @on_uvloop
 async def test_interim_responses_are_left_out() -> None:
     interim = b"HTTP/1.1 100 Continue\r\n\r\n" + b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Collection
+from time import monotonic
 from typing import NamedTuple, Protocol, cast
 
 import httptools
@@ -19,6 +20,14 @@ from modelpool.relay.response import ResponseHead
 HEAD_BYTES_MAX = 256 << 10
 IDLE_MAX = 1024
 """Idle connections kept per endpoint."""
+GATHER_S = 0.002
+"""Where pieces are rapid, what comes within this is taken at once."""
+_RAPID_S = 0.001
+"""From one piece to the next."""
+_RAPID_MAX = 1
+"""So many rapid pieces in a row are taken as they come: an engine sends the first ones of a stream together."""
+_SMALL = 32 << 10
+"""Pieces of this size are as good as gathered."""
 STALE_S = 1.0
 """A peer that closed an idle connection shows within a round trip of the next request that it never read it."""
 
@@ -152,11 +161,15 @@ class _Connection(asyncio.Protocol):
         "_excess",
         "_exchange",
         "_final",
+        "_gathering",
         "_interims",
         "_keep_alive",
         "_loop",
+        "_moved_at",
         "_parser",
+        "_paused",
         "_pool",
+        "_rapid",
         "_transport",
         "_unread",
         "_used",
@@ -169,6 +182,10 @@ class _Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._used = False
+        self._moved_at = 0.0
+        self._rapid = 0
+        self._gathering = False
+        self._paused = False
         self._reset()
 
     def _reset(self) -> None:
@@ -207,14 +224,38 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def pause(self) -> None:
-        if self.usable:
-            assert self._transport is not None
-            self._transport.pause_reading()
+        self._paused = True
+        self._read(False)
 
     def resume(self) -> None:
-        if self.usable:
-            assert self._transport is not None
+        self._paused = False
+        self._read(not self._gathering)
+
+    def _gather(self, size: int) -> None:
+        """Leave a rapid stream of small pieces in the socket for a moment, to take many of them at once.
+
+        Each piece costs two system calls and wakes the client. What engines generate is far slower than this.
+        """
+        now = monotonic()
+        self._rapid = self._rapid + 1 if size < _SMALL and now - self._moved_at < _RAPID_S else 0
+        self._moved_at = now
+        if self._rapid > _RAPID_MAX and not self._paused:
+            self._gathering = True
+            self._read(False)
+            self._loop.call_later(GATHER_S, self._gathered)
+
+    def _gathered(self) -> None:
+        self._gathering = False
+        self._moved_at = monotonic()
+        self._read(not self._paused)
+
+    def _read(self, on: bool) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if on:
             self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
 
     # Called by the loop
 
@@ -242,6 +283,8 @@ class _Connection(asyncio.Protocol):
             return
         if self._complete and self._exchange is exchange:
             self._finish(exchange)
+        else:
+            self._gather(len(data))
 
     def eof_received(self) -> None:
         self._ended(None)
