@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def wait_until_ready(pool: subprocess.Popen[str], console: Console) -> dict[str, Any] | None:
-    """What `up` says when it is ready and the demo model serves; None when it ended or the model failed."""
+    """What `up` says when it is ready and the demo model serves or rests; None when it ended or the model failed."""
     assert pool.stdout is not None
     for line in pool.stdout:
         event: dict[str, Any] = json.loads(line)
@@ -56,9 +56,10 @@ def wait_until_ready(pool: subprocess.Popen[str], console: Console) -> dict[str,
             console.print(", ".join(f"{name}: {state}" for name, state in event["models"].items()), style="dim")
         elif event["event"] == "ready":
             models = {model["alias"]: model for model in event["models"]}
-            if models.get(demo.ALIAS, {}).get("state") == "ACTIVE":
+            model = models.get(demo.ALIAS, {"state": "missing", "wanted": 1})
+            if model["state"] == "ACTIVE" or not model["wanted"]:  # one that nobody asked for comes when it is
                 return event
-            console.print(f"The demo model does not serve: {models.get(demo.ALIAS, {}).get('reason')}", style="red")
+            console.print(f"The demo model does not serve: {model.get('reason')}", style="red")
             return None
     return None
 

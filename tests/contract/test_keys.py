@@ -199,7 +199,7 @@ def test_a_store_from_before_keys_opens_with_what_it_holds(tmp_path: Path) -> No
             assert await store.worker_ids() == ["w"]
             assert await store.keys() == []
         with sqlite3.connect(tmp_path / "s.db") as connection:
-            assert connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (2,)
+            assert connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (3,)
 
     asyncio.run(story())
 

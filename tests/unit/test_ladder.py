@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpool.core.demand import Seen
+from modelpool.core.learned import What
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB
 from modelpool.core.pool import (
@@ -121,7 +122,7 @@ def test_a_request_wakes_it_and_another_starts_it() -> None:
     pool, effects = play((111, heard(report("a", S.SLEEP_1, held=1))), (112, asked(a=2)), pool=pool)
     assert effects == ()  # a report from before the order
     pool, _ = play((113, heard(report("a", S.WAKING, held=1))), (115, heard(report("a"))), pool=pool)
-    assert pool.wake_seconds["a", 1] == 5
+    assert pool.learned["a"]["w", What.WAKE_1].recent == (5,)
     gone, _ = play((300, heard()), (301, heard()), pool=pool)
     _, effects = play((310, asked(a=1)), pool=gone)
     assert told(effects) == [("start", "a")]

@@ -4,9 +4,18 @@ import pytest
 from msgspec import structs
 
 from modelpool.core.demand import Demand
+from modelpool.core.learned import What, learn
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Instance, Model, Pool, Worker
-from modelpool.manager.views import Known, WorkerFacts, entry, instances_by_alias, model_view
+from modelpool.manager.views import (
+    DEFAULT_START_S,
+    DEFAULT_WAKE_S,
+    Known,
+    WorkerFacts,
+    entry,
+    instances_by_alias,
+    model_view,
+)
 from modelpool.messages.admin import ModelView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route
@@ -15,6 +24,7 @@ from modelpool.messages.workers import Address, InstanceReport, LevelChange, Pro
 S = InstanceState
 SPEC = ModelSpec(alias="m", fake=True)
 MODEL = Model(alias="m", key="k", engine="fake", created=7)
+START_8 = {"m": learn({}, "w", What.START, 8.0)}
 
 
 def known(
@@ -88,24 +98,26 @@ def test_a_worker_behind_a_public_url_is_reached_through_its_proxy() -> None:
 
 
 def test_a_starting_model_says_where_and_how_far_and_when_to_come_back() -> None:
-    code, message, wait = unavailable(known(instance(state=S.STARTING, starting_since=97.0), start_seconds={"m": 8.0}))
+    code, message, wait = unavailable(known(instance(state=S.STARTING, starting_since=97.0), learned=START_8))
     assert code == "model_not_ready"
     assert "it is starting on w (load)" in message
     assert wait == 5.0
 
 
 def test_who_sleeps_says_how_long_it_takes_to_wake() -> None:
-    asleep = known(instance(state=S.SLEEP_1), start_seconds={"m": 30.0}, wake_seconds={("m", 1): 1.5})
+    asleep = known(instance(state=S.SLEEP_1), learned={"m": learn(START_8["m"], "w", What.WAKE_1, 1.5)})
     assert unavailable(asleep)[2] == 1.5
-    assert unavailable(known(start_seconds={"m": 30.0}))[2] == 30.0
+    assert unavailable(known(instance(state=S.SLEEP_2)))[2] == DEFAULT_WAKE_S
+    assert unavailable(known(learned=START_8))[2] == 8.0
+    assert unavailable(known())[2] == DEFAULT_START_S
 
 
 def test_a_failed_model_gives_its_real_reason() -> None:
     failed = instance(state=S.FAILED, reason="no such file.", failures=3, retry_at=104.0)
-    code, message, wait = unavailable(known(failed, start_seconds={"m": 1.0}))
+    code, message, wait = unavailable(known(failed, learned=START_8))
     assert code == "model_not_ready"
     assert "it failed 3 times on w: no such file; it will be tried again" in message
-    assert wait == 5.0
+    assert wait == 12.0
 
 
 def view(known_: Known) -> ModelView:

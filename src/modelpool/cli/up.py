@@ -120,8 +120,10 @@ async def _bring_up(home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo
 
 
 def _settled(model: ModelView) -> bool:
-    """Whether waiting longer is no use: it serves, or has failed, or nothing can take it."""
-    if model.state is InstanceState.ACTIVE or any(each.failures >= _FAILURES_SHOWN for each in model.instances):
+    """Whether waiting longer is no use: it serves, rests until somebody asks, has failed, or nothing can take it."""
+    if model.state is InstanceState.ACTIVE or not model.wanted:
+        return True
+    if any(each.failures >= _FAILURES_SHOWN for each in model.instances):
         return True
     return model.permanent or (not model.instances and "no worker can take it" in model.reason)
 

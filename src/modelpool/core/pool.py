@@ -6,13 +6,15 @@ Models are wanted until someone removes them. Instances belong to a worker: losi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
+from modelpool.core import learned as learning
 from modelpool.core.demand import Demand, Seen, forgotten, heard
+from modelpool.core.learned import Learned, What
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.scaling import ScalingPolicy, Step, Wish
 
@@ -104,7 +106,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     ordered_in: InstanceState = InstanceState.ABSENT
     """The state it was in then."""
     woken_from: int = 0
-    """The sleep level that it was or is woken from."""
+    """The sleep level that it is being woken from, by an order."""
     capacity: int = 1
     sleeps: bool = False
     """Whether its engine can sleep."""
@@ -113,6 +115,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     idle_since: float = 0.0
     """Of a sleeper: when its model had been asked for last as it fell asleep."""
     starting_since: float = 0.0
+    """When the change that it is in, or was in last, was ordered or first seen."""
     active_since: float = 0.0
     unwanted_since: float | None = None
     failures: int = 0
@@ -132,12 +135,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """alias → why a wanted replica of it runs nowhere."""
     hopeless: frozenset[str] = frozenset()
     """Those of them that waiting does not help: nobody may give way."""
-    start_seconds: Mapping[str, float] = {}
-    """alias → how long its last start took."""
-    wake_seconds: Mapping[tuple[str, int], float] = {}
-    """(alias, sleep level) → how long its last waking from there took."""
-    held: Mapping[tuple[str, int], int] = {}
-    """(alias, sleep level) → bytes that an instance held on each device there, when that was last seen."""
+    learned: Mapping[str, Learned] = {}
+    """alias → what was seen of it so far; nothing of a model that was never up."""
     demand: Mapping[str, Demand] = {}
     """By alias, of every registered model."""
     wanted_up: frozenset[str] = frozenset()
@@ -172,10 +171,21 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int = 1
     sleeps: bool = False
     changed_at: float = 0.0
+    aside_s: float = 0.0
+    """Of the time of its start: what the next one will not need, such as a download."""
+    slept_s: float = 0.0
+    """How long it took to fall asleep, once its requests had ended."""
 
 
 class ModelRegistered(msgspec.Struct, frozen=True):
+    """A new model; or one that the manager before knew, with what it had `learned`.
+
+    `resting`: it was up once, and went down because nobody asked: it is not brought up until somebody does.
+    """
+
     model: Model
+    learned: Learned = {}
+    resting: bool = False
 
 
 class ModelRemoved(msgspec.Struct, frozen=True):
@@ -256,12 +266,13 @@ Event = (
 
 def apply(pool: Pool, event: Event, now: float) -> Pool:
     match event:
-        case ModelRegistered(model):
+        case ModelRegistered(model, learned, resting):
             return replace(
                 pool,
                 models={**pool.models, model.alias: model},
+                learned={**pool.learned, model.alias: learned},
                 demand={**pool.demand, model.alias: Demand(asked_at=now)},
-                wanted_up=pool.wanted_up | {model.alias},
+                wanted_up=pool.wanted_up if resting else pool.wanted_up | {model.alias},
             )
         case ModelRemoved(alias):
             unwanted = {
@@ -274,8 +285,7 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
                 models=_without(pool.models, alias),
                 instances={**pool.instances, **unwanted},
                 shortages=_without(pool.shortages, alias),
-                start_seconds=_without(pool.start_seconds, alias),
-                wake_seconds={key: each for key, each in pool.wake_seconds.items() if key[0] != alias},
+                learned=_without(pool.learned, alias),
                 demand=_without(pool.demand, alias),
                 wanted_up=pool.wanted_up - {alias},
                 stepped_at=_without(pool.stepped_at, alias),
@@ -327,49 +337,72 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
     )
     mine = {key: instance for key, instance in pool.instances.items() if key[0] == event.worker_id}
     others = {key: instance for key, instance in pool.instances.items() if key[0] != event.worker_id}
-    started: dict[str, float] = {}
-    woken: dict[tuple[str, int], float] = {}
+    observed: list[tuple[str, What, float]] = []
     merged: dict[Key, Instance] = {}
     for report in event.reports:
         key = (event.worker_id, report.instance)
         known = mine.pop(key, None)
         merged[key] = _merge(pool.policy, None if new_process else known, known, report, event.worker_id, now)
-        if known and known.state is InstanceState.STARTING and report.state is InstanceState.ACTIVE:
-            started[report.alias] = now - known.starting_since
-        waking = known is not None and (known.order is Step.WAKE or known.state is InstanceState.WAKING)
-        if known and waking and report.state is InstanceState.ACTIVE:
-            woken[report.alias, known.woken_from] = now - known.starting_since
+        if known and not new_process and _is_of(pool, known):
+            for what, value in _seen(known, report, now):
+                observed.append((known.alias, what, value))
     lost = {
         each.alias
         for key, each in merged.items()
         if has_failed(each) and (key not in pool.instances or _is_up(pool.instances[key]))
     }
     for key, instance in mine.items():
+        if not new_process and instance.stopping and _is_of(pool, instance):
+            observed.append((instance.alias, What.UNLOAD, now - instance.starting_since))
         if not new_process and _may_be_on_its_way(instance):
             merged[key] = replace(instance, missing=instance.missing + (1 if instance.acknowledged else 0))
         elif _is_up(instance):
             lost.add(instance.alias)
     there = (InstanceState.ACTIVE, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
-    up = {
-        each.alias
-        for each in merged.values()
-        if each.state in there and (model := pool.models.get(each.alias)) is not None and model.key == each.key
-    }
-    held = {
-        (each.alias, sleep_level(each.state)): each.held_bytes
-        for each in merged.values()
-        if each.state in (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
-    }
+    up = {each.alias for each in merged.values() if each.state in there and _is_of(pool, each)}
     return replace(
         pool,
         workers={**pool.workers, event.worker_id: worker},
         instances=others | merged,
-        start_seconds={**pool.start_seconds, **started} if started else pool.start_seconds,
-        wake_seconds={**pool.wake_seconds, **woken} if woken else pool.wake_seconds,
-        held={**pool.held, **held} if held else pool.held,
+        learned=_learned(pool, event.worker_id, observed) if observed else pool.learned,
         wanted_up=(pool.wanted_up | (lost & pool.models.keys())) - up,
         awaited=pool.awaited - {event.worker_id},
     )
+
+
+def _is_of(pool: Pool, instance: Instance) -> bool:
+    """Whether it is an instance of the model that is registered under its alias now."""
+    model = pool.models.get(instance.alias)
+    return model is not None and model.key == instance.key
+
+
+def _seen(known: Instance, report: Report, now: float) -> Iterator[tuple[What, float]]:
+    """What the news of an instance lets learn of its model. When a change began that nobody ordered is not known."""
+    took = now - known.starting_since
+    if report.state is InstanceState.ACTIVE:
+        if known.state is InstanceState.STARTING and known.ordered_at is not None:
+            yield What.START, max(0.0, took - report.aside_s)
+        elif known.woken_from:
+            yield learning.WAKE[known.woken_from], took
+        elif known.state is InstanceState.ACTIVE and report.held_bytes != known.held_bytes:
+            yield What.HELD_AWAKE, report.held_bytes  # measured once it takes requests
+    elif (level := sleep_level(report.state)) in learning.SLEEP and report.state is not known.state:
+        yield learning.SLEEP[level], report.slept_s
+        yield learning.HELD[level], report.held_bytes
+
+
+def _learned(pool: Pool, worker_id: str, observed: Iterable[tuple[str, What, float]]) -> Mapping[str, Learned]:
+    """All that is known, with what was observed of these models."""
+    learned = dict(pool.learned)
+    for alias, what, value in observed:
+        learned[alias] = learning.learn(learned.get(alias, {}), worker_id, what, value)
+    return learned
+
+
+def at_rest(pool: Pool) -> frozenset[str]:
+    """The models that were up once and went down since nobody asked, or to make room: nothing is to bring them up."""
+    up = {instance.alias for instance in pool.instances.values() if _is_up(instance)}
+    return frozenset(pool.models.keys() - up - pool.wanted_up)
 
 
 def _is_up(instance: Instance) -> bool:
@@ -419,11 +452,17 @@ def _merge(
         unwanted_since=known.unwanted_since,
         # One that went to sleep without an order of ours was idle from then on, as far as anybody knows.
         idle_since=known.idle_since if known.order is not Step.NONE or known.state in _LYING_DOWN else now,
-        woken_from=known.woken_from,
+        woken_from=known.woken_from if seen.state is InstanceState.WAKING else 0,
     )
     if known.order is not Step.NONE and seen.state is known.ordered_in:
         # Written before the order arrived, or the order was lost: it is given again when it is due.
-        merged = replace(merged, order=known.order, ordered_in=known.ordered_in, state=known.state)
+        merged = replace(
+            merged,
+            order=known.order,
+            ordered_in=known.ordered_in,
+            state=known.state,
+            woken_from=known.woken_from,
+        )
     if seen.state is InstanceState.STARTING and not seen.reason:
         # While it tries again, why it failed before.
         merged = replace(merged, reason=known.reason, permanent=known.permanent)

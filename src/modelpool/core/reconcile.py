@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, plan
+from modelpool.core.learned import HELD, SLEEP, WAKE, What, expected, typical
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.placement import GB, Candidate, DeviceRoom, Need, Placement, Refusal, place, shortfall
 from modelpool.core.pool import (
@@ -162,7 +163,7 @@ def _stop_unwanted(pool: Pool, round_: _Round) -> Pool:
 
 def _stop(pool: Pool, key: Key, reason: str, round_: _Round) -> Pool:
     round_.effects.append(Stop(worker_id=key[0], instance=key[1], reason=reason))
-    return change(pool, key, stopping=True, ordered_at=round_.now)
+    return change(pool, key, stopping=True, ordered_at=round_.now, starting_since=round_.now)
 
 
 def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage | None]:
@@ -422,13 +423,15 @@ def _holder(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> H
 
 def _ways(pool: Pool, instance: Instance, holds: int) -> tuple[Way, ...]:
     """The steps down from where it is. What a level leaves is known once it was there."""
-    start_s = pool.start_seconds.get(instance.alias, _START_GUESS_S)
+    learned, there = pool.learned.get(instance.alias, {}), instance.worker_id
+    start_s = typical(learned, What.START, there, unknown=_START_GUESS_S)
     ways = [Way(step=Step.UNLOAD, frees=dict.fromkeys(instance.devices, holds), back_s=start_s)]
     for step, level in _LEVEL.items():
-        left = pool.held.get((instance.alias, level))
-        if instance.sleeps and level > sleep_level(instance.state) and left is not None and left < holds:
-            back_s = pool.wake_seconds.get((instance.alias, level), start_s / 2)
-            ways.append(Way(step=step, frees=dict.fromkeys(instance.devices, holds - left), back_s=back_s))
+        left = expected(learned, HELD[level], there)
+        if instance.sleeps and level > sleep_level(instance.state) and left is not None and left.slow < holds:
+            back_s = typical(learned, WAKE[level], there, unknown=start_s / 2)
+            frees = dict.fromkeys(instance.devices, holds - int(left.slow))
+            ways.append(Way(step=step, frees=frees, back_s=back_s))
     return tuple(ways)
 
 
@@ -460,11 +463,23 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tup
 
 
 def _turn_s(pool: Pool, instance: Instance) -> float:
-    """How long it is left up once it came: some times what it takes to bring it back, so that swapping pays."""
-    back_s = pool.start_seconds.get(instance.alias, 0.0)
-    if instance.sleeps:
-        back_s = min([back_s, *(pool.wake_seconds[key] for key in pool.wake_seconds if key[0] == instance.alias)])
-    return min(pool.policy.turn_max_s, max(pool.policy.min_residence_s, _TURN_FACTOR * back_s))
+    """How long it is left up once it came: some times what it takes to swap it, so that swapping pays."""
+    swap_s = _swap_s(pool, instance)
+    return min(pool.policy.turn_max_s, max(pool.policy.min_residence_s, _TURN_FACTOR * swap_s))
+
+
+def _swap_s(pool: Pool, instance: Instance) -> float:
+    """What it takes to have it make room and to bring it back, in the quickest way that was seen; 0 if none was."""
+    learned = pool.learned.get(instance.alias, {})
+    ways = [(What.UNLOAD, What.START), *((SLEEP[level], WAKE[level]) for level in WAKE if instance.sleeps)]
+    return min(
+        (
+            typical(learned, down, instance.worker_id, unknown=0.0) + back.typical
+            for down, up in ways
+            if (back := expected(learned, up, instance.worker_id)) is not None
+        ),
+        default=0.0,
+    )
 
 
 def ever_fits(pool: Pool, model: Model) -> bool:

@@ -24,6 +24,7 @@ from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, next_dead
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
 from modelpool.manager.keys import KeyRegister
+from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
 from modelpool.manager.store import Store
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 _SUBSCRIBER_BACKLOG = 256
 _TELL_S = 0.5
 _WATCH_RETRY_S = 1.0
+_FIRST_START_ONLY = ("fetch", "import")
 _NAME_HELD_S = 15.0
 """A worker that was heard within this keeps its name."""
 
@@ -62,12 +64,14 @@ async def running_manager(
     try:
         async with asyncio.TaskGroup() as tasks:
             manager.attach(tasks)
-            acting = tasks.create_task(manager.act())
+            own = [tasks.create_task(manager.act()), tasks.create_task(manager.remember())]
             try:
                 yield manager
             finally:
-                acting.cancel()
+                for task in own:
+                    task.cancel()
                 manager.detach()
+            await manager.save()
     finally:
         await client.aclose()
 
@@ -87,6 +91,8 @@ class Manager:
         self._specs: dict[str, ModelSpec] = {}
         self._facts: dict[str, views.WorkerFacts] = {}
         self._changed = asyncio.Event()
+        self._acted = asyncio.Event()
+        self._recollection = Recollection(store)
         self._writing = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
         self._owned: set[asyncio.Task[None]] = set()
@@ -107,9 +113,15 @@ class Manager:
         now = _now()
         awaited = frozenset(await self._store.worker_ids())
         self._pool = core.Pool(policy=policy, awaited=awaited, recover_until=now + recovery_s)
+        experience = await self._recollection.recall()
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
-            self._pool = core.apply(self._pool, core.ModelRegistered(_model(stored.spec, stored.created)), now)
+            model = _model(stored.spec, stored.created)
+            key, learned, resting = experience.get(model.alias, ("", {}, False))
+            known = core.ModelRegistered(model)
+            if key == model.key:
+                known = core.ModelRegistered(model, learned, resting)
+            self._pool = core.apply(self._pool, known, now)
         log.info("epoch %s: %d models, %d workers awaited", self._epoch, len(self._specs), len(awaited))
 
     def attach(self, tasks: asyncio.TaskGroup) -> None:
@@ -135,9 +147,22 @@ class Manager:
         now = _now()
         self._pool, effects = reconcile(core.apply(self._pool, core.Tick(), now), now)
         self._changed.clear()
+        self._acted.set()
         for effect in effects:
             self._own(self._order(effect))
         self._publish()
+
+    async def remember(self) -> None:
+        """Keep what is learned, a few times a minute at most, until cancelled."""
+        while True:
+            await self._acted.wait()
+            self._acted.clear()
+            await self.save()
+            await asyncio.sleep(SAVE_EVERY_S)
+
+    async def save(self) -> None:
+        async with self._writing:
+            await self._recollection.save(self._pool)
 
     def _apply(self, event: core.Event) -> None:
         self._pool = core.apply(self._pool, event, _now())
@@ -533,6 +558,8 @@ def _report(report: InstanceReport) -> core.Report:
         capacity=report.capacity,
         sleeps=bool(report.sleep_levels),
         changed_at=report.changed_at,
+        aside_s=sum(phase.seconds for phase in report.phases if phase.name in _FIRST_START_ONLY),
+        slept_s=report.last_sleep.seconds if report.last_sleep else 0.0,
     )
 
 

@@ -1,10 +1,10 @@
-"""What survives the manager: registered models, API keys, the workers that were known, and the epoch."""
+"""What survives the manager: models and what was learned of them, API keys, the workers that were known, the epoch."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -19,8 +19,8 @@ from modelpool.messages.models import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 2
-_OPENED_AS_THEY_ARE = (1,)
+_SCHEMA_VERSION = 3
+_OPENED_AS_THEY_ARE = (1, 2)
 """Older schemas that lack tables only, which are made."""
 _metadata = sa.MetaData()
 _meta = sa.Table(
@@ -42,8 +42,14 @@ _workers = sa.Table(
     sa.Column("worker_id", sa.String, primary_key=True),
     sa.Column("url", sa.String, nullable=False),
 )
-
-
+_experience = sa.Table(
+    "experience",
+    _metadata,
+    sa.Column("alias", sa.String, primary_key=True),
+    sa.Column("key", sa.String, nullable=False),
+    sa.Column("resting", sa.Boolean, nullable=False),
+    sa.Column("measured", sa.JSON, nullable=False),
+)
 _keys = sa.Table(
     "keys",
     _metadata,
@@ -73,6 +79,25 @@ def _stored_model(alias: str, spec: object, created: int) -> StoredModel | None:
         return StoredModel(msgspec.convert(spec, ModelSpec), created)
     except msgspec.ValidationError as error:
         log.error("the stored model `%s` is left out: %s", alias, error)
+        return None
+
+
+class StoredExperience(msgspec.Struct, frozen=True, kw_only=True):
+    """What was learned of a model. `key`: of the very model; `measured`: observations by worker and by their name."""
+
+    alias: str
+    key: str
+    resting: bool
+    measured: dict[str, dict[str, tuple[float, ...]]]
+
+
+def _stored_experience(row: sa.Row[Any]) -> StoredExperience | None:
+    """A row as experience. One that cannot be read is gathered anew."""
+    try:
+        columns = {str(name): value for name, value in row._mapping.items()}
+        return msgspec.convert(columns, StoredExperience)
+    except msgspec.ValidationError as error:
+        log.error("what was learned of `%s` is left out: %s", row.alias, error)
         return None
 
 
@@ -125,6 +150,21 @@ class Store:
     async def remove_model(self, alias: str) -> None:
         async with _transaction(self._engine) as connection:
             await connection.execute(sa.delete(_models).where(_models.c.alias == alias))
+            await connection.execute(sa.delete(_experience).where(_experience.c.alias == alias))
+
+    async def experience(self) -> list[StoredExperience]:
+        async with _transaction(self._engine) as connection:
+            rows = await connection.execute(sa.select(_experience))
+            stored = [_stored_experience(row) for row in rows]
+            return [each for each in stored if each is not None]
+
+    async def keep_experience(self, new: Sequence[StoredExperience]) -> None:
+        """In the place of what was kept of these models."""
+        rows = [msgspec.to_builtins(each) for each in new]
+        async with _transaction(self._engine) as connection:
+            stale = sa.delete(_experience).where(_experience.c.alias == sa.bindparam("of"))
+            await connection.execute(stale, [{"of": each.alias} for each in new])
+            await connection.execute(sa.insert(_experience), rows)
 
     async def keys(self) -> list[StoredKey]:
         """All keys that were ever made."""

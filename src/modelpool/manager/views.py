@@ -8,6 +8,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from modelpool.core.learned import ANYWHERE, WAKE, What, expected
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
 from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
@@ -133,18 +134,29 @@ def _workers_missing(pool: Pool) -> str:
 
 
 def _start_wait(known: Known, alias: str, instances: list[Instance]) -> float:
-    """Seconds until it may be ready, by how long that took last: to start or wake, from when it began if it has."""
-    expected = known.pool.start_seconds.get(alias, DEFAULT_START_S)
-    asleep = [sleep_level(each.state) for each in instances if each.state in _ASLEEP]
-    if asleep:
-        expected = min(expected, known.pool.wake_seconds.get((alias, min(asleep)), DEFAULT_WAKE_S))
-    waits = [
-        max(1.0, each.starting_since + expected - known.now)
-        for each in instances
-        if each.state is InstanceState.STARTING
-    ]
-    waits += [max(1.0, each.retry_at - known.now) + expected for each in instances if each.retry_at is not None]
-    return round(min(waits, default=expected), 1)
+    """Seconds until it should be ready: nine of ten starts, or wakes, of late took no longer, there or elsewhere."""
+    waits = [wait for each in instances if (wait := _wait_for(known, each)) is not None]
+    return round(min(waits, default=_slow(known, alias, What.START)), 1)
+
+
+def _wait_for(known: Known, instance: Instance) -> float | None:
+    """Until this instance should be ready; None where a request does not bring it up."""
+    if instance.retry_at is not None:
+        pause_s = max(1.0, instance.retry_at - known.now)
+        return pause_s + _slow(known, instance.alias, What.START, instance.worker_id)
+    if instance.state in _COMING:
+        takes_s = _slow(known, instance.alias, WAKE.get(instance.woken_from, What.START), instance.worker_id)
+        return max(1.0, instance.starting_since + takes_s - known.now)
+    if instance.state in _ASLEEP:
+        return _slow(known, instance.alias, WAKE[sleep_level(instance.state)], instance.worker_id)
+    return None
+
+
+def _slow(known: Known, alias: str, what: What, worker_id: str = ANYWHERE) -> float:
+    measured = expected(known.pool.learned.get(alias, {}), what, worker_id)
+    if measured is not None:
+        return measured.slow
+    return DEFAULT_START_S if what is What.START else DEFAULT_WAKE_S
 
 
 def reason(known: Known, alias: str, instances: list[Instance]) -> str:
@@ -175,6 +187,7 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
 
 
 _ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
+_COMING = (InstanceState.STARTING, InstanceState.WAKING)
 _BEST_FIRST = (
     InstanceState.ACTIVE,
     InstanceState.WAKING,
