@@ -24,7 +24,12 @@ from tests.contract.worker_process import (
 )
 
 MB = 10**6
-LIMITS = {"MODELPOOL_STALL_TIMEOUT": "2", "MODELPOOL_DRAIN_TIMEOUT": "3", "MODELPOOL_WAKE_TIMEOUT": "3"}
+LIMITS = {
+    "MODELPOOL_FAKE_DEVICES": "",
+    "MODELPOOL_STALL_TIMEOUT": "2",
+    "MODELPOOL_DRAIN_TIMEOUT": "3",
+    "MODELPOOL_WAKE_TIMEOUT": "3",
+}
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def report(alias: str, state: S = S.ACTIVE, *, gb: float = 6, held: float = 0, s
         memory_bytes=int(gb * GB),
         held_bytes=int(held * GB),
         capacity=10,
-        sleeps=sleeps,
+        levels=(1, 2) if sleeps else (),
     )
 
 
@@ -241,7 +241,7 @@ class Machine:
                 memory_bytes=self.sizes[name.partition("-r")[0]] * GB,
                 held_bytes=self.held(name) if state in (S.SLEEP_1, S.SLEEP_2) else 0,
                 capacity=4,
-                sleeps=True,
+                levels=(1, 2),
             )
             for name, state in self.states.items()
         )

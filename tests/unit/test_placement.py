@@ -3,14 +3,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpool.core.placement import GB, Candidate, DeviceRoom, Need, Placement, Refusal, place
+from modelpool.core.placement import GB, Candidate, Need, Placement, Refusal, Room, place
 
 
-def room(index: int = 0, free: float = 10, total: float = 20, kind: str = "cuda") -> DeviceRoom:
-    return DeviceRoom(index=index, kind=kind, total_bytes=int(total * GB), free_bytes=int(free * GB))
+def room(index: int = 0, free: float = 10, total: float = 20, kind: str = "cuda") -> Room:
+    return Room(index=index, kind=kind, total_bytes=int(total * GB), free_bytes=int(free * GB))
 
 
-def candidate(name: str, *devices: DeviceRoom, replicas: int = 0, refusal: str = "") -> Candidate:
+def candidate(name: str, *devices: Room, replicas: int = 0, refusal: str = "") -> Candidate:
     return Candidate(worker_id=name, devices=devices or (room(),), replicas_here=replicas, refusal=refusal)
 
 
@@ -69,7 +69,7 @@ rooms = st.lists(
 
 @given(st.lists(rooms, max_size=5), st.integers(1, 4), st.floats(0, 100))
 def test_a_placement_always_fits_and_a_refusal_means_that_nothing_does(
-    workers: list[list[DeviceRoom]], count: int, need_gb: float
+    workers: list[list[Room]], count: int, need_gb: float
 ) -> None:
     need = Need(devices=count, bytes_each=int(need_gb * GB))
     candidates = [candidate(f"w{number}", *devices) for number, devices in enumerate(workers)]

@@ -9,7 +9,7 @@ import pytest
 from modelpool.process import StartupError
 from modelpool.relay.inference import inference_methods
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
-from modelpool.worker.devices import declared_gpus, visible_indices
+from modelpool.worker.devices import visible_indices
 from modelpool.worker.fetch import DiskFull, RepoFile, check_disk, is_complete, needed_files
 from modelpool.worker.host_spec import TAG, forkserver_environment, host_environment
 from modelpool.worker.instance_log import InstanceLog
@@ -34,20 +34,6 @@ def test_a_port_range_of_no_use_is_refused_with_the_variable_to_set(text: str) -
         port_range(text)
     assert repr(text) in refused.value.reason
     assert "WORKER_PORT_RANGE" in refused.value.hint
-
-
-def test_declared_gpus_have_what_was_not_promised() -> None:
-    devices = declared_gpus("2x80").read({1: 30 * GB})
-    assert [(each.index, each.kind, each.total_bytes, each.free_bytes) for each in devices] == [
-        (0, "cuda", 80 * GB, 80 * GB),
-        (1, "cuda", 80 * GB, 50 * GB),
-    ]
-
-
-@pytest.mark.parametrize("text", ["4", "x80", "0x80", "4x0", "4x80GB", "four"])
-def test_declared_gpus_that_say_nothing_are_refused(text: str) -> None:
-    with pytest.raises(StartupError, match="COUNTxGB"):
-        declared_gpus(text)
 
 
 @pytest.mark.parametrize(

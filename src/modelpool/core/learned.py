@@ -24,7 +24,8 @@ ANYWHERE = ""
 
 
 class What(StrEnum):
-    """Times in seconds, from the order until it was seen to be done; memory in bytes, on each of its devices.
+    """Times in seconds, from the order until it was seen to be done; memory in bytes, on each of its devices,
+    and of the machine beside accelerators.
 
     A start is without what only the first one needs, a sleep without the end of the requests in flight.
     """
@@ -38,11 +39,15 @@ class What(StrEnum):
     HELD_AWAKE = "held_awake"
     HELD_1 = "held_1"
     HELD_2 = "held_2"
+    HELD_ON_HOST_AWAKE = "held_on_host_awake"
+    HELD_ON_HOST_1 = "held_on_host_1"
+    HELD_ON_HOST_2 = "held_on_host_2"
 
 
 WAKE = {1: What.WAKE_1, 2: What.WAKE_2}
 SLEEP = {1: What.SLEEP_1, 2: What.SLEEP_2}
 HELD = {0: What.HELD_AWAKE, 1: What.HELD_1, 2: What.HELD_2}
+HELD_ON_HOST = {0: What.HELD_ON_HOST_AWAKE, 1: What.HELD_ON_HOST_1, 2: What.HELD_ON_HOST_2}
 """By sleep level."""
 
 
@@ -95,6 +100,12 @@ def typical(learned: Learned, what: What, worker_id: str = ANYWHERE, *, unknown:
     """The same as one number."""
     seen = expected(learned, what, worker_id)
     return unknown if seen is None else seen.typical
+
+
+def slow(learned: Learned, what: What, worker_id: str = ANYWHERE, *, unknown: float) -> float:
+    """What it hardly ever exceeds."""
+    seen = expected(learned, what, worker_id)
+    return unknown if seen is None else seen.slow
 
 
 def to_record(learned: Learned) -> dict[str, dict[str, tuple[float, ...]]]:

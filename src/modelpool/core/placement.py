@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations, islice
 
 import msgspec
 
 GB = 10**9
 CPU_DEFAULT_BYTES = 2 * GB
 ACCELERATOR_DEFAULT_FRACTION = 0.9
+HOST = -1
+"""The index that the machine's own memory has beside those of its accelerators."""
+_CHOICES_MAX = 100
+"""Sets of devices of one worker that are looked at where none fits."""
 
 
-class DeviceRoom(msgspec.Struct, frozen=True, kw_only=True):
-    """What one device can still take: `free_bytes` is what is neither in use nor promised."""
+class Other(msgspec.Struct, frozen=True):
+    """A process that holds memory of a device and is not of this pool."""
+
+    pid: int
+    name: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} (process {self.pid}) holds {gb(self.bytes)}"
+
+
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device, or the machine (HOST), can still take: `free_bytes` is neither in use nor set aside.
+
+    `lost`: why nothing can be put there at all. `others` hold what is in use by processes not of this pool.
+    """
 
     index: int
     kind: str
     total_bytes: int
     free_bytes: int
+    name: str = ""
+    lost: str = ""
+    others: tuple[Other, ...] = ()
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker that may be asked. `refusal` says why it can not run this model whatever its memory."""
+    """A worker that may be asked. `refusal` says why it can not run this model whatever its memory.
+
+    `avoid`: it failed there lately. `has_files`: the model's files are there.
+    """
 
     worker_id: str
-    devices: tuple[DeviceRoom, ...]
+    devices: tuple[Room, ...]
+    host: Room | None = None
     replicas_here: int = 0
     refusal: str = ""
+    avoid: bool = False
+    has_files: bool = False
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What to have on each of `devices` devices: bytes, or a fraction of its total, or the default of its kind."""
+    """What to have on each of `devices` devices: bytes, or a fraction of its total, or the default of its kind.
+
+    `host_bytes`: of the machine's memory, beside accelerators.
+    """
 
     devices: int = 1
     bytes_each: int | None = None
     fraction: float | None = None
+    host_bytes: int = 0
 
-    def on(self, device: DeviceRoom) -> int:
-        """Bytes needed on this device."""
+    def on(self, device: Room) -> int:
+        """Bytes needed on this device, or of the machine."""
+        if device.index == HOST:
+            return self.host_bytes
         if self.bytes_each is not None:
             return self.bytes_each
         if self.fraction is None and device.kind == "cpu":
@@ -59,7 +93,10 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 def place(need: Need, candidates: Sequence[Candidate]) -> Placement | Refusal:
-    """The worker with the fewest replicas of this alias, among those the one with the most memory left."""
+    """The worker with the fewest replicas of this alias; of those one that has its files; then the most room left.
+
+    One where it failed comes last.
+    """
     fitting = []
     refusals = []
     for candidate in candidates:
@@ -68,28 +105,33 @@ def place(need: Need, candidates: Sequence[Candidate]) -> Placement | Refusal:
             refusals.append(f"{candidate.worker_id}: {refusal}")
         else:
             left = min(device.free_bytes - need.on(device) for device in devices)
-            fitting.append((candidate.replicas_here, -left, candidate.worker_id, devices))
+            rank = (candidate.avoid, candidate.replicas_here, not candidate.has_files, -left, candidate.worker_id)
+            fitting.append((rank, candidate, left, devices))
     if not fitting:
         return Refusal("; ".join(refusals) or "no worker is registered")
-    replicas, negative_left, worker_id, devices = min(fitting, key=lambda choice: choice[:3])
+    _, chosen, left, devices = min(fitting, key=lambda choice: choice[0])
+    files = "; its files are there" if chosen.has_files else ""
     return Placement(
-        worker_id=worker_id,
+        worker_id=chosen.worker_id,
         devices=tuple(device.index for device in devices),
         bytes_each=max(need.on(device) for device in devices),
-        reason=f"{_gb(-negative_left)} left there after it; {replicas} replicas of it there already",
+        reason=f"{gb(left)} left there after it; {chosen.replicas_here} replicas of it there already{files}",
     )
 
 
-def shortfall(need: Need, candidate: Candidate) -> dict[int, int]:
-    """What each of the best devices there lacks, in bytes; nothing where there are too few, or none may be used."""
-    count = _count(need, candidate)
-    if candidate.refusal or len(candidate.devices) < count:
-        return {}
-    by_room = sorted(candidate.devices, key=lambda device: (need.on(device) - device.free_bytes, device.index))
-    lacking = {device.index: need.on(device) - device.free_bytes for device in by_room[:count]}
-    if any(need.on(device) > device.total_bytes for device in by_room[:count]):
-        return {}
-    return {index: bytes_ for index, bytes_ in lacking.items() if bytes_ > 0}
+def shortfalls(need: Need, candidate: Candidate) -> Iterator[dict[int, int]]:
+    """What is lacking there, in bytes by device and HOST, for one set of devices after the other.
+
+    The set that lacks least comes first; nothing where there are too few, or none may be used.
+    """
+    host = () if candidate.host is None else (candidate.host,)
+    if candidate.refusal or any(need.on(room) > room.total_bytes for room in host):
+        return
+    for kin in _kin(candidate):
+        large = [device for device in kin if need.on(device) <= device.total_bytes]
+        for chosen in islice(combinations(large, _count(need, candidate)), _CHOICES_MAX):
+            lacking = {room.index: need.on(room) - room.free_bytes for room in (*chosen, *host)}
+            yield {index: bytes_ for index, bytes_ in lacking.items() if bytes_ > 0}
 
 
 def _count(need: Need, candidate: Candidate) -> int:
@@ -97,24 +139,39 @@ def _count(need: Need, candidate: Candidate) -> int:
     return 1 if all(device.kind == "cpu" for device in candidate.devices) else need.devices
 
 
-def _fit(need: Need, candidate: Candidate) -> tuple[tuple[DeviceRoom, ...], str]:
-    """The devices to use on one worker, those with the most room first; or why there are none."""
+def _kin(candidate: Candidate) -> list[list[Room]]:
+    """The devices that are there, those of one kind together, the one with the most room first."""
+    groups: dict[tuple[str, str, int], list[Room]] = {}
+    for device in candidate.devices:
+        if not device.lost:
+            groups.setdefault((device.kind, device.name, device.total_bytes), []).append(device)
+    return [sorted(group, key=lambda device: (-device.free_bytes, device.index)) for group in groups.values()]
+
+
+def _fit(need: Need, candidate: Candidate) -> tuple[tuple[Room, ...], str]:
+    """The devices to use on one worker, of one kind and with the most room; or why there are none."""
     if candidate.refusal:
         return (), candidate.refusal
     count = _count(need, candidate)
-    if len(candidate.devices) < count:
-        return (), f"needs {need.devices} devices, has {len(candidate.devices)}"
-    by_room = sorted(candidate.devices, key=lambda device: (need.on(device) - device.free_bytes, device.index))
-    chosen = by_room[:count]
-    short = [device for device in chosen if need.on(device) > device.free_bytes]
-    if short:
-        worst = short[-1]
-        return (), (
-            f"needs {_gb(need.on(worst))} on device {worst.index}, "
-            f"{_gb(max(0, worst.free_bytes))} free of {_gb(worst.total_bytes)}"
-        )
+    groups = [group[:count] for group in _kin(candidate) if len(group) >= count]
+    lost = [f"device {each.index} is lost ({each.lost})" for each in candidate.devices if each.lost]
+    if not groups:
+        most = max((len(group) for group in _kin(candidate)), default=0)
+        alike = " of one kind" if most < len(candidate.devices) - len(lost) else ""
+        return (), "; ".join([f"needs {need.devices} devices{alike}, has {most}", *lost])
+    chosen = max(groups, key=lambda group: group[-1].free_bytes - need.on(group[-1]))
+    host = () if candidate.host is None else (candidate.host,)
+    lacking = [_lack(need, room) for room in (chosen[-1], *host) if need.on(room) > room.free_bytes]
+    if lacking:
+        return (), "; ".join([*lacking, *lost])
     return tuple(sorted(chosen, key=lambda device: device.index)), ""
 
 
-def _gb(value: int) -> str:
+def _lack(need: Need, room: Room) -> str:
+    where = "of host memory" if room.index == HOST else f"on device {room.index}"
+    others = f" ({', '.join(map(str, room.others))})" if room.others else ""
+    return f"needs {gb(need.on(room))} {where}, {gb(max(0, room.free_bytes))} free of {gb(room.total_bytes)}{others}"
+
+
+def gb(value: int) -> str:
     return f"{value / GB:.1f} GB"

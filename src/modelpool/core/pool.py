@@ -16,6 +16,7 @@ from modelpool.core import learned as learning
 from modelpool.core.demand import Demand, Seen, forgotten, heard
 from modelpool.core.learned import Learned, What
 from modelpool.core.lifecycle import InstanceState, sleep_level
+from modelpool.core.placement import Need, Room
 from modelpool.core.scaling import ScalingPolicy, Step, Wish
 
 UNWANTED_GRACE_S = 30.0
@@ -52,6 +53,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     engine: str
     created: int
+    source: str = ""
+    """Its hub name, or the path of its folder."""
     devices: int = 1
     memory_bytes: int | None = None
     memory_fraction: float | None = None
@@ -63,23 +66,29 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     idle_sleep_2_s: float | None = None
     idle_unload_s: float | None = None
 
+    def need(self) -> Need:
+        """What one replica wants to have before it starts."""
+        fixed = 0 if self.engine == "fake" and self.memory_fraction is None else None
+        bytes_each = fixed if self.memory_bytes is None else self.memory_bytes
+        return Need(devices=self.devices, bytes_each=bytes_each, fraction=self.memory_fraction)
 
-class Device(msgspec.Struct, frozen=True, kw_only=True):
-    index: int
-    kind: str
-    total_bytes: int
-    free_bytes: int
+
+class Device(Room, frozen=True, kw_only=True):
+    """As its worker reports it: `free_bytes` is what it shows as free."""
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """`engines`: engine kind → why it cannot be started there, "" when it can.
 
+    `host`: the memory of the machine, beside that of its accelerators. `files`: models whose files are there.
     `back_until`: its process has ended, and until then it may well be back.
     """
 
     worker_id: str
     incarnation: str
     devices: tuple[Device, ...] = ()
+    host: Device | None = None
+    files: frozenset[str] = frozenset()
     engines: Mapping[str, str] = {}
     alive: bool = True
     reason: str = ""
@@ -108,10 +117,14 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     woken_from: int = 0
     """The sleep level that it is being woken from, by an order."""
     capacity: int = 1
-    sleeps: bool = False
-    """Whether its engine can sleep."""
+    levels: tuple[int, ...] = ()
+    """The sleep levels that its engine has."""
     held_bytes: int = 0
-    """On each of its devices, as measured while it sleeps; awake it may take up to `memory_bytes`."""
+    """On each of its devices, as it was measured last; awake it may take up to `memory_bytes`."""
+    host_bytes: int = 0
+    """Beside accelerators: its processes' own memory, as it was measured last; what it may take, while it starts."""
+    weights_bytes: int = 0
+    """What its weights take, all in all."""
     idle_since: float = 0.0
     """Of a sleeper: when its model had been asked for last as it fell asleep."""
     starting_since: float = 0.0
@@ -168,8 +181,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
     held_bytes: int = 0
+    host_bytes: int = 0
+    weights_bytes: int = 0
     capacity: int = 1
-    sleeps: bool = False
+    levels: tuple[int, ...] = ()
     changed_at: float = 0.0
     aside_s: float = 0.0
     """Of the time of its start: what the next one will not need, such as a download."""
@@ -200,6 +215,8 @@ class WorkerReported(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Device, ...]
     engines: Mapping[str, str]
     reports: tuple[Report, ...]
+    host: Device | None = None
+    files: frozenset[str] = frozenset()
 
 
 class WorkerGone(msgspec.Struct, frozen=True):
@@ -224,8 +241,11 @@ class OrderAnswered(msgspec.Struct, frozen=True):
 
 
 class OrderRefused(msgspec.Struct, frozen=True):
+    """`permanent`: the same order will be refused again."""
+
     key: Key
     reason: str
+    permanent: bool = False
 
 
 class OrderPostponed(msgspec.Struct, frozen=True):
@@ -302,8 +322,8 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             return replace(_without_instances(pool, worker_id), workers=_without(pool.workers, worker_id))
         case OrderAnswered(key):
             return change(pool, key, acknowledged=True, missing=0)
-        case OrderRefused(key, reason):
-            return _refused(pool, key, reason, now)
+        case OrderRefused():
+            return _refused(pool, event, now)
         case OrderPostponed(key):
             return change(pool, key, ordered_at=-math.inf)
         case DemandHeard(gateway, seen):
@@ -332,6 +352,8 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
         worker_id=event.worker_id,
         incarnation=event.incarnation,
         devices=event.devices,
+        host=event.host,
+        files=event.files,
         engines=event.engines,
         last_seen=now,
     )
@@ -342,6 +364,7 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
     for report in event.reports:
         key = (event.worker_id, report.instance)
         known = mine.pop(key, None)
+        report = _with_share(report, pool.models.get(report.alias), event.devices)
         merged[key] = _merge(pool.policy, None if new_process else known, known, report, event.worker_id, now)
         if known and not new_process and _is_of(pool, known):
             for what, value in _seen(known, report, now):
@@ -386,9 +409,11 @@ def _seen(known: Instance, report: Report, now: float) -> Iterator[tuple[What, f
             yield learning.WAKE[known.woken_from], took
         elif known.state is InstanceState.ACTIVE and report.held_bytes != known.held_bytes:
             yield What.HELD_AWAKE, report.held_bytes  # measured once it takes requests
+            yield What.HELD_ON_HOST_AWAKE, report.host_bytes
     elif (level := sleep_level(report.state)) in learning.SLEEP and report.state is not known.state:
         yield learning.SLEEP[level], report.slept_s
         yield learning.HELD[level], report.held_bytes
+        yield learning.HELD_ON_HOST[level], report.host_bytes
 
 
 def _learned(pool: Pool, worker_id: str, observed: Iterable[tuple[str, What, float]]) -> Mapping[str, Learned]:
@@ -403,6 +428,14 @@ def at_rest(pool: Pool) -> frozenset[str]:
     """The models that were up once and went down since nobody asked, or to make room: nothing is to bring them up."""
     up = {instance.alias for instance in pool.instances.values() if _is_up(instance)}
     return frozenset(pool.models.keys() - up - pool.wanted_up)
+
+
+def _with_share(report: Report, model: Model | None, devices: tuple[Device, ...]) -> Report:
+    """Where its worker knows of no share, since its user gave none: what is set aside for the model anyway."""
+    if report.memory_bytes or model is None or model.key != report.key:
+        return report
+    shares = [model.need().on(device) for device in devices if device.index in report.devices]
+    return replace(report, memory_bytes=max(shares)) if any(shares) else report
 
 
 def _is_up(instance: Instance) -> bool:
@@ -431,8 +464,10 @@ def _merge(
         devices=report.devices,
         memory_bytes=report.memory_bytes or (history.memory_bytes if history else 0),
         held_bytes=report.held_bytes,
+        host_bytes=report.host_bytes or (history.host_bytes if history else 0),
+        weights_bytes=report.weights_bytes,
         capacity=max(1, report.capacity),
-        sleeps=report.sleeps,
+        levels=report.levels,
         idle_since=now,
         reason=report.reason,
         permanent=report.permanent,
@@ -522,13 +557,14 @@ def _without_instances(pool: Pool, worker_id: str) -> Pool:
     )
 
 
-def _refused(pool: Pool, key: Key, reason: str, now: float) -> Pool:
-    instance = pool.instances.get(key)
+def _refused(pool: Pool, event: OrderRefused, now: float) -> Pool:
+    instance = pool.instances.get(event.key)
     if instance is None or instance.stopping:
         return pool
     if instance.order is not Step.NONE:
-        return put(pool, key, replace(instance, order=Step.NONE, state=instance.ordered_in))
-    return put(pool, key, _failed(pool.policy, replace(instance, permanent=False), reason, now))
+        return put(pool, event.key, replace(instance, order=Step.NONE, state=instance.ordered_in))
+    refused = replace(instance, permanent=event.permanent)
+    return put(pool, event.key, _failed(pool.policy, refused, event.reason, now))
 
 
 def _time_passed(pool: Pool, now: float) -> Pool:

@@ -12,9 +12,10 @@ import msgspec
 from msgspec.structs import replace
 
 from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, plan
-from modelpool.core.learned import HELD, SLEEP, WAKE, What, expected, typical
+from modelpool.core.learned import HELD, HELD_ON_HOST, SLEEP, WAKE, What, expected, slow, typical
+from modelpool.core.ledger import Ledger, accelerated, ledger, on_device, on_host
 from modelpool.core.lifecycle import InstanceState, sleep_level
-from modelpool.core.placement import GB, Candidate, DeviceRoom, Need, Placement, Refusal, place, shortfall
+from modelpool.core.placement import GB, HOST, Candidate, Need, Placement, Refusal, gb, place, shortfalls
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
     Event,
@@ -29,7 +30,7 @@ from modelpool.core.pool import (
     key_of,
     put,
 )
-from modelpool.core.scaling import Replica, ScalingPolicy, Step, Wish, wish
+from modelpool.core.scaling import LEVEL, Replica, ScalingPolicy, Step, Wish, wish
 
 ORDER_RETRY_S = 5.0
 """An order whose effect has not shown up in a report by then is given again."""
@@ -39,7 +40,10 @@ _RECHECK_S = 1.0
 _MINUTE_S = 60.0
 _START_GUESS_S = 10.0
 _TURN_FACTOR = 4.0
-_LEVEL = {Step.SLEEP_1: 1, Step.SLEEP_2: 2}
+_HOST_GUESS_BYTES = 2 * GB
+"""Of the machine's memory, beside accelerators: what an engine's processes take, before that was measured."""
+_AVOIDED_AFTER = 2
+"""Failures in a row after which a worker comes last."""
 _DRAINING = InstanceState.DRAINING
 _DOWN = (InstanceState.SLEEP_1, InstanceState.SLEEP_2, InstanceState.DRAINING, InstanceState.UNLOADED)
 _COMING = (InstanceState.STARTING, InstanceState.WAKING)
@@ -83,18 +87,25 @@ class _Round:
         self.effects: list[Effect] = []
         self.wishes: dict[str, Wish] = {}
         self._keys: dict[str, list[Key]] = {}
+        self._on: dict[str, list[Key]] = {}
         for key, instance in pool.instances.items():
             self._keys.setdefault(instance.alias, []).append(key)
+            self._on.setdefault(key[0], []).append(key)
 
     def of(self, pool: Pool, alias: str) -> list[Instance]:
         """All instances of a model."""
         return [pool.instances[key] for key in self._keys.get(alias, ())]
+
+    def on(self, pool: Pool, worker_id: str) -> list[Instance]:
+        """All instances on a worker."""
+        return [pool.instances[key] for key in self._on.get(worker_id, ())]
 
     def joined(self, key: Key, alias: str) -> None:
         """A new instance was made up."""
         keys = self._keys.setdefault(alias, [])
         if key not in keys:
             keys.append(key)
+            self._on.setdefault(key[0], []).append(key)
 
 
 def step(pool: Pool, event: Event, now: float) -> tuple[Pool, tuple[Effect, ...]]:
@@ -121,10 +132,14 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
 
 
 class Shortage(msgspec.Struct, frozen=True):
-    """What keeps a step from being taken. `hopeless`: it will not pass by itself, nor because somebody asks."""
+    """What keeps a step from being taken. `hopeless`: it will not pass by itself, nor because somebody asks.
+
+    `passing`: room is being made.
+    """
 
     reason: str
     hopeless: bool = False
+    passing: bool = False
 
 
 def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
@@ -169,7 +184,7 @@ def _stop(pool: Pool, key: Key, reason: str, round_: _Round) -> Pool:
 def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage | None]:
     """Take the steps of one model that are due, and say what keeps it from another one."""
     pool = _stop_surplus(pool, model, round_)
-    pool = _repeat_orders(pool, model, round_)
+    pool, shortage = _repeat_orders(pool, model, round_)
     for _ in range(_STEPS_MAX):
         replicas = [_replica(pool, each) for each in _usable(pool, model, round_.of(pool, model.alias))]
         decided = wish(
@@ -182,7 +197,7 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage |
         )
         round_.wishes[model.alias] = decided
         if decided.step is Step.NONE:
-            return pool, None
+            return pool, shortage
         before = len(round_.effects)
         pool, blocked = _take(pool, model, decided, round_)
         if len(round_.effects) > before:
@@ -191,7 +206,7 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage |
             if decided.urgent:
                 round_.wishes[model.alias] = replace(decided, due=round_.now + _RECHECK_S)
             return pool, blocked
-    return pool, None
+    return pool, shortage
 
 
 def scaling_of(policy: Policy, model: Model) -> ScalingPolicy:
@@ -244,7 +259,7 @@ def _replica(pool: Pool, instance: Instance) -> Replica:
         inflight=demand.inflight(instance.instance),
         capacity=instance.capacity,
         idle_since=awake_since if state is InstanceState.ACTIVE else instance.idle_since,
-        sleeps=instance.sleeps,
+        levels=instance.levels,
     )
 
 
@@ -255,17 +270,50 @@ def _stop_surplus(pool: Pool, model: Model, round_: _Round) -> Pool:
     return pool
 
 
-def _repeat_orders(pool: Pool, model: Model, round_: _Round) -> Pool:
+def _repeat_orders(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage | None]:
     """Start failed instances again when that is due, and give orders again that nothing came of."""
     wanted = _wanted(pool, model, round_.now)
+    shortage = None
     for instance in _usable(pool, model, round_.of(pool, model.alias)):
-        retry = wanted and has_failed(instance) and _due(instance.retry_at, 0.0, round_.now)
-        unheard = not instance.acknowledged and _due(instance.ordered_at, ORDER_RETRY_S, round_.now)
-        if retry or unheard:
+        order_due = _due(instance.ordered_at, ORDER_RETRY_S, round_.now)
+        if has_failed(instance) and _due(instance.retry_at, 0.0, round_.now):
+            pool, shortage = _retry(pool, model, instance, round_) if wanted else (_set_by(pool, instance), shortage)
+        elif not instance.acknowledged and order_due:
             pool = _start(pool, instance, round_)
-        elif instance.order is not Step.NONE and _due(instance.ordered_at, ORDER_RETRY_S, round_.now):
+        elif instance.order is not Step.NONE and order_due:
             pool = _order(pool, instance, instance.order, "asked again", round_)
-    return pool
+    return pool, shortage
+
+
+def _set_by(pool: Pool, instance: Instance) -> Pool:
+    """Nobody would miss it: it is tried again as soon as somebody does."""
+    return pool if instance.retry_at == -math.inf else change(pool, key_of(instance), retry_at=-math.inf)
+
+
+def _retry(pool: Pool, model: Model, instance: Instance, round_: _Round) -> tuple[Pool, Shortage | None]:
+    """Start one that failed, where there is room for it now, which may be somewhere else."""
+    key = key_of(instance)
+    candidates = _candidates(pool, model, round_, failed=instance)
+    choice = place(_need(pool, model), candidates)
+    if isinstance(choice, Refusal):
+        pool = change(pool, key, retry_at=round_.now + _RECHECK_S)
+        if not pool.demand[model.alias].waiting:
+            return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model, round_))
+        return _make_room(pool, model, _lacking(pool, model, candidates), choice, round_)
+    again = _new_instance(pool, model, instance.instance, choice)
+    if choice.worker_id != instance.worker_id:
+        if key_of(again) in pool.instances:
+            return change(pool, key, retry_at=round_.now + _RECHECK_S), Shortage("waits for its former instance to end")
+        pool = _stop(pool, key, f"it failed, and is started on {choice.worker_id}", round_)
+        instance = replace(instance, failed_at=0.0)  # by the clock of the worker that it leaves
+    again = replace(
+        again,
+        failures=instance.failures,
+        failed_at=instance.failed_at,
+        reason=instance.reason,
+        permanent=instance.permanent,
+    )
+    return _start(pool, again, round_), None
 
 
 def _wanted(pool: Pool, model: Model, now: float) -> bool:
@@ -281,15 +329,42 @@ def _take(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool
         return _start_another(pool, model, decided, round_)
     usable = _usable(pool, model, round_.of(pool, model.alias))
     instance = next(each for each in usable if each.instance == decided.replica)
-    if decided.step is Step.UNLOAD:
+    step = _within_host(pool, instance, decided.step, round_)
+    if step is Step.UNLOAD:
         return _stop(pool, key_of(instance), decided.reason, round_), None
     if not _due(instance.ordered_at, ORDER_RETRY_S, round_.now) and instance.ordered_in is instance.state:
         return pool, Shortage("its last order was refused a moment ago")
-    if decided.step is Step.WAKE:
+    if step is Step.WAKE:
         pool, blocked = _room_to_wake(pool, model, instance, decided, round_)
+        if blocked and decided.urgent and not blocked.passing:
+            return _elsewhere(pool, model, instance, decided, blocked, round_)
         if blocked:
             return pool, blocked
-    return _order(pool, instance, decided.step, decided.reason, round_), None
+    return _order(pool, instance, step, decided.reason, round_), None
+
+
+def _within_host(pool: Pool, instance: Instance, step: Step, round_: _Round) -> Step:
+    """The step, or the next one down that the machine has room for."""
+    if step not in LEVEL:
+        return step
+    books = ledger(pool.workers[instance.worker_id], round_.on(pool, instance.worker_id))
+    deeper = (Step.SLEEP_1, Step.SLEEP_2)[LEVEL[step] - 1 :]
+    return next((each for each in deeper if _can_sleep(instance, each, books)), Step.UNLOAD)
+
+
+def _can_sleep(instance: Instance, step: Step, books: Ledger) -> bool:
+    """Whether it can go down to that level, and there is room for how that is done."""
+    if LEVEL[step] not in instance.levels:
+        return False
+    if books.host is None:
+        return True
+    if step is Step.SLEEP_1:
+        return books.host.free_bytes >= instance.weights_bytes
+    if instance.state is not InstanceState.SLEEP_1:
+        return True
+    # It wakes in between.
+    rooms = [room for index in instance.devices if (room := books.room(index)) is not None]
+    return all(room.free_bytes >= instance.memory_bytes - instance.held_bytes for room in rooms)
 
 
 def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Round) -> Pool:
@@ -299,7 +374,7 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Rou
     if step is Step.WAKE:
         round_.effects.append(Wake(worker_id=key[0], instance=key[1], reason=reason))
     else:
-        round_.effects.append(Sleep(worker_id=key[0], instance=key[1], level=_LEVEL[step], reason=reason))
+        round_.effects.append(Sleep(worker_id=key[0], instance=key[1], level=LEVEL[step], reason=reason))
         if state is InstanceState.ACTIVE:
             state = InstanceState.DRAINING  # no route leads there from round_.now on
     return change(
@@ -321,40 +396,66 @@ def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> t
     name = free_name(model.alias, {each.instance for each in mine} - ending)
     if name in ending:
         return pool, Shortage("waits for its former instance to end")
-    candidates = _candidates(pool, model)
-    choice = place(_need(model), candidates)
+    candidates = _candidates(pool, model, round_)
+    choice = place(_need(pool, model), candidates)
     if isinstance(choice, Placement):
-        return _start(pool, _new_instance(model, name, choice), round_), None
+        return _start(pool, _new_instance(pool, model, name, choice), round_), None
     if not decided.urgent:
-        return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model))
-    shortfalls = {each.worker_id: shortfall(_need(model), each) for each in candidates}
-    return _make_room(pool, model, {name: short for name, short in shortfalls.items() if short}, choice, round_)
+        return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model, round_))
+    return _make_room(pool, model, _lacking(pool, model, candidates), choice, round_)
+
+
+def _lacking(pool: Pool, model: Model, candidates: Iterable[Candidate]) -> dict[str, Iterable[Mapping[int, int]]]:
+    """What is lacking on each worker, for one set of devices after the other."""
+    need = _need(pool, model)
+    return {candidate.worker_id: shortfalls(need, candidate) for candidate in candidates}
+
+
+def _elsewhere(
+    pool: Pool, model: Model, sleeper: Instance, decided: Wish, blocked: Shortage, round_: _Round
+) -> tuple[Pool, Shortage | None]:
+    """Somebody waits, and this sleeper cannot be woken: another one that can, or a start where there is room."""
+    mine = round_.of(pool, model.alias)
+    usable = _usable(pool, model, mine)
+    for other in usable:
+        if other.state in _ASLEEP and other.order is Step.NONE and not _lacking_to_wake(pool, other, round_):
+            return _order(pool, other, Step.WAKE, decided.reason, round_), None
+    choice = place(_need(pool, model), _candidates(pool, model, round_))
+    if isinstance(choice, Refusal) or choice.worker_id == sleeper.worker_id:
+        return pool, blocked
+    if len(usable) >= scaling_of(pool.policy, model).max_replicas:
+        pool = _stop(pool, key_of(sleeper), f"there is room for it on {choice.worker_id}", round_)
+    name = free_name(model.alias, {each.instance for each in mine})
+    return _start(pool, _new_instance(pool, model, name, choice), round_), None
 
 
 def _room_to_wake(
     pool: Pool, model: Model, instance: Instance, decided: Wish, round_: _Round
 ) -> tuple[Pool, Shortage | None]:
     """Nothing in the way, or what; others give way where somebody waits."""
-    candidate = next(each for each in _candidates(pool, model) if each.worker_id == instance.worker_id)
-    needed = max(0, instance.memory_bytes - instance.held_bytes)
-    short = {
-        device.index: needed - device.free_bytes
-        for device in candidate.devices
-        if device.index in instance.devices and device.free_bytes < needed
-    }
+    short = _lacking_to_wake(pool, instance, round_)
     if not short:
         return pool, None
-    numbers = ", ".join(f"{bytes_ / GB:.1f} GB on device {device}" for device, bytes_ in sorted(short.items()))
+    numbers = ", ".join(f"{gb(bytes_)} on device {device}" for device, bytes_ in sorted(short.items()))
     refusal = Refusal(f"{instance.worker_id}: to wake {instance.instance} lacks {numbers}")
     if not decided.urgent:
         return pool, Shortage(refusal.reason)
-    return _make_room(pool, model, {instance.worker_id: short}, refusal, round_)
+    return _make_room(pool, model, {instance.worker_id: [short]}, refusal, round_)
+
+
+def _lacking_to_wake(pool: Pool, instance: Instance, round_: _Round) -> dict[int, int]:
+    """Bytes by device."""
+    worker = pool.workers[instance.worker_id]
+    books = ledger(worker, round_.on(pool, worker.worker_id))
+    needed = on_device(replace(instance, order=Step.WAKE), accelerated=accelerated(worker)).unseen
+    rooms = [room for index in instance.devices if (room := books.room(index)) is not None]
+    return {room.index: needed - room.free_bytes for room in rooms if room.free_bytes < needed}
 
 
 def _make_room(
     pool: Pool,
     model: Model,
-    shortfalls: Mapping[str, Mapping[int, int]],
+    lacking: Mapping[str, Iterable[Mapping[int, int]]],
     refusal: Refusal,
     round_: _Round,
 ) -> tuple[Pool, Shortage | None]:
@@ -362,17 +463,24 @@ def _make_room(
     plans: list[tuple[float, str, Plan]] = []
     refusals: list[tuple[str, NoPlan]] = []
     moving = False
-    for worker_id, short in shortfalls.items():
-        here = [each for each in pool.instances.values() if each.worker_id == worker_id]
-        coming = {device: sum(_returning(each, device) for each in here) for device in short}
-        rest = {device: lacking - coming[device] for device, lacking in short.items() if lacking > coming[device]}
-        if not rest:
-            return pool, Shortage(f"waits for memory that is being given back on {worker_id}")
-        result = plan(rest, [_holder(pool, each, model, round_) for each in here if not _leaving(each)], model.alias)
+    for worker_id, options in lacking.items():
+        here = round_.on(pool, worker_id)
+        result: Plan | NoPlan | None = None
+        for short in options:
+            coming = {index: sum(_returning(each, index) for each in here) for index in short}
+            rest = {index: bytes_ - coming[index] for index, bytes_ in short.items() if bytes_ > coming[index]}
+            if not rest:
+                return pool, Shortage(f"waits for memory that is being given back on {worker_id}", passing=True)
+            books = ledger(pool.workers[worker_id], here)
+            holders = [_holder(pool, each, books, model, round_) for each in here if not _leaving(each)]
+            tried = plan(rest, holders, model.alias)
+            result = tried if isinstance(tried, Plan) else result or tried
+            if isinstance(tried, Plan):
+                break
         if isinstance(result, NoPlan):
             refusals.append((worker_id, result))
             moving = moving or result.for_now or any(_is_moving(each) for each in here)
-        else:
+        elif result is not None:
             plans.append((result.cost, worker_id, result))
     if not plans:
         reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals)]
@@ -387,7 +495,7 @@ def _make_room(
     recent = tuple(at for at in pool.swaps.get(worker_id, ()) if round_.now - at < _MINUTE_S)
     pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(round_.now for _ in cheapest.evictions))})
     names = ", ".join(each.instance for each in cheapest.evictions)
-    return pool, Shortage(f"waits for {names} to give way on {worker_id}")
+    return pool, Shortage(f"waits for {names} to give way on {worker_id}", passing=True)
 
 
 def _is_moving(instance: Instance) -> bool:
@@ -399,38 +507,47 @@ def _leaving(instance: Instance) -> bool:
     return instance.stopping or instance.order in (Step.SLEEP_1, Step.SLEEP_2) or instance.state is _DRAINING
 
 
-def _returning(instance: Instance, device: int) -> int:
-    """What it is about to give back there."""
-    return instance.memory_bytes if _leaving(instance) and device in instance.devices else 0
+def _returning(instance: Instance, index: int) -> int:
+    """What it is about to give back of a device, or of the machine."""
+    if not _leaving(instance):
+        return 0
+    if index == HOST:
+        return on_host(instance).bytes if instance.stopping or instance.order is Step.SLEEP_2 else 0
+    return instance.memory_bytes if index in instance.devices else 0
 
 
-def _holder(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> Holder:
-    asleep = instance.state in _ASLEEP
-    holds = instance.held_bytes if asleep else instance.memory_bytes
+def _holder(pool: Pool, instance: Instance, books: Ledger, wanting: Model, round_: _Round) -> Holder:
     demand = pool.demand.get(instance.alias)
     kept, for_now = _kept(pool, instance, wanting, round_)
+    fast = books.host is not None
+    each = on_device(instance, accelerated=fast).bytes
+    holds = dict.fromkeys(instance.devices, each) | ({HOST: on_host(instance).bytes} if fast else {})
     return Holder(
         instance=instance.instance,
         alias=instance.alias,
         state=instance.state,
-        holds=dict.fromkeys(instance.devices, holds),
-        ways=_ways(pool, instance, holds),
+        holds=holds,
+        ways=_ways(pool, instance, holds, books),
         chance=demand.chance(SOON_S, round_.now) if demand else 0.0,
         kept=kept,
         for_now=for_now,
     )
 
 
-def _ways(pool: Pool, instance: Instance, holds: int) -> tuple[Way, ...]:
+def _ways(pool: Pool, instance: Instance, holds: Mapping[int, int], books: Ledger) -> tuple[Way, ...]:
     """The steps down from where it is. What a level leaves is known once it was there."""
     learned, there = pool.learned.get(instance.alias, {}), instance.worker_id
     start_s = typical(learned, What.START, there, unknown=_START_GUESS_S)
-    ways = [Way(step=Step.UNLOAD, frees=dict.fromkeys(instance.devices, holds), back_s=start_s)]
-    for step, level in _LEVEL.items():
+    ways = [Way(step=Step.UNLOAD, frees=holds, back_s=start_s)]
+    for step, level in LEVEL.items():
         left = expected(learned, HELD[level], there)
-        if instance.sleeps and level > sleep_level(instance.state) and left is not None and left.slow < holds:
+        if left is None or level <= sleep_level(instance.state) or not _can_sleep(instance, step, books):
+            continue
+        frees = {index: held - int(left.slow) for index, held in holds.items()}
+        if HOST in frees:
+            frees[HOST] = holds[HOST] - int(slow(learned, HELD_ON_HOST[level], there, unknown=0.0))
+        if any(gain > 0 for gain in frees.values()):
             back_s = typical(learned, WAKE[level], there, unknown=start_s / 2)
-            frees = dict.fromkeys(instance.devices, holds - int(left.slow))
             ways.append(Way(step=step, frees=frees, back_s=back_s))
     return tuple(ways)
 
@@ -471,7 +588,7 @@ def _turn_s(pool: Pool, instance: Instance) -> float:
 def _swap_s(pool: Pool, instance: Instance) -> float:
     """What it takes to have it make room and to bring it back, in the quickest way that was seen; 0 if none was."""
     learned = pool.learned.get(instance.alias, {})
-    ways = [(What.UNLOAD, What.START), *((SLEEP[level], WAKE[level]) for level in WAKE if instance.sleeps)]
+    ways = [(What.UNLOAD, What.START), *((SLEEP[level], WAKE[level]) for level in WAKE if level in instance.levels)]
     return min(
         (
             typical(learned, down, instance.worker_id, unknown=0.0) + back.typical
@@ -482,11 +599,11 @@ def _swap_s(pool: Pool, instance: Instance) -> float:
     )
 
 
-def ever_fits(pool: Pool, model: Model) -> bool:
+def ever_fits(pool: Pool, model: Model, round_: _Round | None = None) -> bool:
     """Whether all wanted replicas would fit if nothing else ran on the workers that are there. True while none is."""
-    candidates = [_emptied(each) for each in _candidates(pool, model)]
+    candidates = [_emptied(each) for each in _candidates(pool, model, round_ or _Round(pool, 0.0))]
     for _ in range(max(1, scaling_of(pool.policy, model).min_replicas) if candidates else 0):
-        choice = place(_need(model), candidates)
+        choice = place(_need(pool, model), candidates)
         if isinstance(choice, Refusal):
             return False
         candidates = [_less(each, choice) if each.worker_id == choice.worker_id else each for each in candidates]
@@ -495,7 +612,8 @@ def ever_fits(pool: Pool, model: Model) -> bool:
 
 def _emptied(candidate: Candidate) -> Candidate:
     devices = tuple(replace(device, free_bytes=device.total_bytes) for device in candidate.devices)
-    return replace(candidate, devices=devices, replicas_here=0)
+    host = replace(candidate.host, free_bytes=candidate.host.total_bytes) if candidate.host else None
+    return replace(candidate, devices=devices, host=host, replicas_here=0)
 
 
 def _less(candidate: Candidate, taken: Placement) -> Candidate:
@@ -531,7 +649,7 @@ def _start(pool: Pool, instance: Instance, round_: _Round) -> Pool:
     return put(pool, key_of(instance), started)
 
 
-def _new_instance(model: Model, name: str, choice: Placement) -> Instance:
+def _new_instance(pool: Pool, model: Model, name: str, choice: Placement) -> Instance:
     return Instance(
         instance=name,
         alias=model.alias,
@@ -540,6 +658,7 @@ def _new_instance(model: Model, name: str, choice: Placement) -> Instance:
         state=InstanceState.ABSENT,
         devices=choice.devices,
         memory_bytes=choice.bytes_each,
+        host_bytes=_need(pool, model).host_bytes,
     )
 
 
@@ -558,57 +677,32 @@ def replica_number(instance: str, alias: str) -> int:
     return int(suffix) if suffix.isdigit() else 1
 
 
-def _need(model: Model) -> Need:
-    fixed = 0 if model.engine == "fake" and model.memory_fraction is None else None
-    bytes_each = fixed if model.memory_bytes is None else model.memory_bytes
-    return Need(devices=model.devices, bytes_each=bytes_each, fraction=model.memory_fraction)
+def _need(pool: Pool, model: Model) -> Need:
+    guess = 0 if model.engine == "fake" else _HOST_GUESS_BYTES
+    learned = pool.learned.get(model.alias, {})
+    return replace(model.need(), host_bytes=int(slow(learned, What.HELD_ON_HOST_AWAKE, unknown=guess)))
 
 
-def _candidates(pool: Pool, model: Model) -> list[Candidate]:
-    promised: dict[tuple[str, int], int] = {}
-    loading: dict[tuple[str, int], int] = {}
-    replicas: dict[str, int] = {}
-    for instance in pool.instances.values():
-        if instance.alias == model.alias:
-            replicas[instance.worker_id] = replicas.get(instance.worker_id, 0) + 1
-        promise, unseen = _promise(instance)
-        for device in instance.devices:
-            place_ = (instance.worker_id, device)
-            promised[place_] = promised.get(place_, 0) + promise
-            loading[place_] = loading.get(place_, 0) + unseen
-    return [
-        Candidate(
-            worker_id=worker.worker_id,
-            devices=tuple(
-                DeviceRoom(
-                    index=device.index,
-                    kind=device.kind,
-                    total_bytes=device.total_bytes,
-                    # Memory that is in use is seen on the device; memory promised to a start is not, yet.
-                    free_bytes=min(
-                        device.total_bytes - promised.get((worker.worker_id, device.index), 0),
-                        device.free_bytes - loading.get((worker.worker_id, device.index), 0),
-                    ),
+def _candidates(pool: Pool, model: Model, round_: _Round, failed: Instance | None = None) -> list[Candidate]:
+    """The workers that are alive. `failed` is to be started again: it holds nothing where it was."""
+    others = [each.worker_id for each in round_.of(pool, model.alias) if each is not failed]
+    avoided = failed.worker_id if failed and (failed.permanent or failed.failures >= _AVOIDED_AFTER) else ""
+    found = []
+    for worker in pool.workers.values():
+        if worker.alive:
+            books = ledger(worker, round_.on(pool, worker.worker_id))
+            found.append(
+                Candidate(
+                    worker_id=worker.worker_id,
+                    devices=books.devices,
+                    host=books.host,
+                    replicas_here=others.count(worker.worker_id),
+                    refusal=worker.engines.get(model.engine, f"does not know the engine {model.engine!r}"),
+                    avoid=worker.worker_id == avoided,
+                    has_files=model.source in worker.files,
                 )
-                for device in worker.devices
-            ),
-            replicas_here=replicas.get(worker.worker_id, 0),
-            refusal=worker.engines.get(model.engine, f"does not know the engine {model.engine!r}"),
-        )
-        for worker in pool.workers.values()
-        if worker.alive
-    ]
-
-
-def _promise(instance: Instance) -> tuple[int, int]:
-    """What is set aside for it on each of its devices, and how much of that cannot be seen there yet."""
-    asleep = instance.state in _ASLEEP and instance.order is not Step.WAKE
-    promise = instance.held_bytes if asleep else instance.memory_bytes
-    if instance.state is InstanceState.STARTING:
-        return promise, promise
-    if instance.state is InstanceState.WAKING or instance.order is Step.WAKE:
-        return promise, max(0, promise - instance.held_bytes)
-    return promise, 0
+            )
+    return found
 
 
 def next_deadline(pool: Pool) -> float | None:
@@ -619,7 +713,7 @@ def next_deadline(pool: Pool) -> float | None:
     for instance in pool.instances.values():
         if not _alive(pool, instance):
             continue
-        if instance.retry_at is not None:
+        if instance.retry_at is not None and instance.retry_at > -math.inf:
             times.append(instance.retry_at)
         open_ = instance.stopping or not instance.acknowledged or instance.order is not Step.NONE
         if instance.ordered_at is not None and open_:

@@ -17,7 +17,7 @@ from enum import StrEnum
 import msgspec
 
 from modelpool.core.demand import Demand
-from modelpool.core.lifecycle import InstanceState
+from modelpool.core.lifecycle import InstanceState, sleep_level
 
 _S = InstanceState
 _COMING = (_S.STARTING, _S.WAKING)
@@ -38,8 +38,10 @@ class ScalingPolicy(msgspec.Struct, frozen=True, kw_only=True):
     idle_sleep_2_s: float = 900.0
     idle_unload_s: float = 3600.0
 
-    def idle_s(self, state: InstanceState) -> float:
-        """How long nobody must have asked for it until an instance leaves this state downwards."""
+    def idle_s(self, state: InstanceState, levels: tuple[int, ...]) -> float:
+        """How long nobody must have asked for it until an instance with these levels leaves this state downwards."""
+        if state is _S.SLEEP_1 and 2 not in levels:
+            return self.idle_unload_s
         return {
             _S.ACTIVE: self.idle_sleep_1_s,
             _S.SLEEP_1: self.idle_sleep_2_s,
@@ -51,7 +53,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """One instance of the model.
 
     `idle_since`: for an ACTIVE one when the model was last asked for, for a sleeper what that was when it fell asleep.
-    `sleeps`: whether its engine can; one that cannot goes from ACTIVE to UNLOADED.
+    `levels`: the sleep levels that its engine has; one without goes from ACTIVE to UNLOADED.
     """
 
     name: str
@@ -60,7 +62,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     idle_since: float
     inflight: int = 0
     capacity: int = 1
-    sleeps: bool = True
+    levels: tuple[int, ...] = (1, 2)
 
 
 class Step(StrEnum):
@@ -70,6 +72,9 @@ class Step(StrEnum):
     SLEEP_1 = "sleep_1"
     SLEEP_2 = "sleep_2"
     UNLOAD = "unload"
+
+
+LEVEL = {Step.SLEEP_1: 1, Step.SLEEP_2: 2}
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +159,7 @@ def _by_idleness(
     for each in sorted(replicas, key=lambda each: (each.state is _S.ACTIVE, -each.number)):
         if each.state is _S.ACTIVE and not may_sleep:
             continue
-        idle_s = policy.idle_s(each.state)
+        idle_s = policy.idle_s(each.state, each.levels)
         if now >= each.idle_since + idle_s:
             return _down(each, f"nobody asked for it in {idle_s:g} s")
         due = min(due, each.idle_since + idle_s)
@@ -187,8 +192,9 @@ def _bring(replicas: Sequence[Replica], reason: str, *, urgent: bool = False) ->
 
 
 def _down(replica: Replica, reason: str) -> Wish:
-    step = {_S.ACTIVE: Step.SLEEP_1, _S.SLEEP_1: Step.SLEEP_2}.get(replica.state, Step.UNLOAD)
-    return Wish(step=step if replica.sleeps else Step.UNLOAD, replica=replica.name, reason=reason)
+    deeper = [step for step, level in LEVEL.items() if level > sleep_level(replica.state) and level in replica.levels]
+    step = deeper[0] if deeper else Step.UNLOAD
+    return Wish(step=step, replica=replica.name, reason=reason)
 
 
 def _requests(count: int) -> str:

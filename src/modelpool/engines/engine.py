@@ -55,11 +55,13 @@ class ResidencyError(Exception):
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of an engine once its model is loaded. `capacity`: requests it runs at once.
 
-    `sleep_levels`: those it has, of 1 and 2. `phases`: parts of the load that the engine itself can tell.
+    `sleep_levels`: those it has, of 1 and 2. `weights_bytes`: what the weights take, all in
+    all. `phases`: parts of the load that the engine itself can tell.
     """
 
     capacity: int
     sleep_levels: tuple[int, ...] = ()
+    weights_bytes: int = 0
     phases: tuple[StartPhase, ...] = ()
     max_model_len: int | None = None
     num_gpu_blocks: int | None = None

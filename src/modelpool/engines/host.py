@@ -207,6 +207,7 @@ class Host:
                 port=port,
                 capacity=self._spec.capacity or facts.capacity,
                 sleep_levels=facts.sleep_levels,
+                weights_bytes=facts.weights_bytes,
                 phases=self._clock.phases(),
                 max_model_len=facts.max_model_len,
                 num_gpu_blocks=facts.num_gpu_blocks,

@@ -199,7 +199,7 @@ class Manager:
                     await self._order_wake(facts.info.url, effect)
         except OrderFailed as error:
             log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
-            self._apply(core.OrderRefused(key, str(error)))
+            self._apply(core.OrderRefused(key, str(error), permanent=error.permanent))
         except WorkerUnreachable as error:
             log.warning("%s: an order about %s got no answer: %s", effect.worker_id, effect.instance, error)
         except Exception:
@@ -344,7 +344,7 @@ class Manager:
         async with self._writing:
             await self._store.remember_worker(info.worker_id, info.url)
         log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
-        self._heard(info, message.devices, message.engines, message.instances)
+        self._heard(info, message)
         self._watch(info, anew=True)
         return HeartbeatAnswer(gateways=self._gateways)
 
@@ -365,27 +365,27 @@ class Manager:
         facts = self._facts.get(worker_id)
         if facts is None or facts.info.incarnation != message.incarnation:
             raise WorkerNotFound(f"The worker `{worker_id}` is not registered with this manager.")
-        self._heard(facts.info, message.devices, message.engines, message.instances)
+        self._heard(facts.info, message)
         self._watch(facts.info)
         return HeartbeatAnswer(gateways=self._gateways)
 
-    def _heard(
-        self,
-        info: WorkerInfo,
-        devices: tuple[Device, ...],
-        engines: dict[str, EngineStatus],
-        reports: tuple[InstanceReport, ...],
-    ) -> None:
+    def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat) -> None:
         self._facts[info.worker_id] = views.WorkerFacts(
-            info=info, devices=devices, engines=engines, reports={report.instance: report for report in reports}
+            info=info,
+            devices=said.devices,
+            host=said.host,
+            engines=said.engines,
+            reports={report.instance: report for report in said.instances},
         )
         self._apply(
             core.WorkerReported(
                 worker_id=info.worker_id,
                 incarnation=info.incarnation,
-                devices=tuple(_device(device) for device in devices),
-                engines={kind: _engine_refusal(kind, status) for kind, status in engines.items()},
-                reports=tuple(_report(report) for report in reports),
+                devices=tuple(map(_device, said.devices)),
+                host=_device(said.host) if said.host else None,
+                files=frozenset(said.files),
+                engines={kind: _engine_refusal(kind, status) for kind, status in said.engines.items()},
+                reports=tuple(_report(each, beside_host=said.host is not None) for each in said.instances),
             )
         )
 
@@ -520,6 +520,7 @@ def _model(spec: ModelSpec, created: int) -> core.Model:
         key=_key(spec),
         engine=spec.engine,
         created=created,
+        source=spec.model_name,
         devices=spec.tensor_parallel_size,
         memory_bytes=None if spec.gpu_memory_gb is None else int(spec.gpu_memory_gb * 10**9),
         memory_fraction=spec.gpu_memory_utilization,
@@ -534,7 +535,13 @@ def _model(spec: ModelSpec, created: int) -> core.Model:
 
 def _device(device: Device) -> core.Device:
     return core.Device(
-        index=device.index, kind=device.kind, total_bytes=device.total_bytes, free_bytes=device.free_bytes
+        index=device.index,
+        kind=device.kind,
+        name=device.name,
+        total_bytes=device.total_bytes,
+        free_bytes=device.free_bytes,
+        lost=device.lost,
+        others=device.others,
     )
 
 
@@ -544,7 +551,7 @@ def _engine_refusal(kind: str, status: EngineStatus) -> str:
     return f"the engine {kind!r} is {status.state} there" + (f": {status.reason}" if status.reason else "")
 
 
-def _report(report: InstanceReport) -> core.Report:
+def _report(report: InstanceReport, *, beside_host: bool) -> core.Report:
     return core.Report(
         instance=report.instance,
         alias=report.model.alias,
@@ -554,9 +561,11 @@ def _report(report: InstanceReport) -> core.Report:
         permanent=report.permanent,
         devices=report.devices,
         memory_bytes=report.memory_bytes,
-        held_bytes=report.pss_bytes,
+        held_bytes=report.device_bytes,
+        host_bytes=report.pss_bytes if beside_host else 0,
+        weights_bytes=report.weights_bytes,
         capacity=report.capacity,
-        sleeps=bool(report.sleep_levels),
+        levels=report.sleep_levels,
         changed_at=report.changed_at,
         aside_s=sum(phase.seconds for phase in report.phases if phase.name in _FIRST_START_ONLY),
         slept_s=report.last_sleep.seconds if report.last_sleep else 0.0,

@@ -29,6 +29,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     info: WorkerInfo
     devices: tuple[Device, ...] = ()
+    host: Device | None = None
     engines: Mapping[str, EngineStatus] = {}
     reports: Mapping[str, InstanceReport] = {}
 
@@ -172,7 +173,8 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
         if worst.permanent:
             again = f"correct it: `modelpool rm {alias}`, register again"
         times = "" if worst.failures == 1 else f" {worst.failures} times"
-        return f"it failed{times} on {worst.worker_id}: {worst.reason.rstrip('.')}; {again}"
+        lacking = f" ({shortage})" if (shortage := known.pool.shortages.get(alias)) else ""
+        return f"it failed{times} on {worst.worker_id}: {worst.reason.rstrip('.')}; {again}{lacking}"
     if shortage := known.pool.shortages.get(alias):
         return f"no worker can take it: {shortage}" if alias in known.pool.hopeless else shortage
     for each in instances:
@@ -255,6 +257,7 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
         pid=report.pid if report else None,
         sleep_levels=report.sleep_levels if report else (),
         pss_bytes=report.pss_bytes if report else 0,
+        device_bytes=report.device_bytes if report else 0,
         last_sleep=report.last_sleep if report else None,
         last_wake=report.last_wake if report else None,
         phases=report.phases if report else (),
@@ -271,6 +274,7 @@ def worker_view(known: Known, worker: Worker) -> WorkerView:
         last_seen_s=round(known.now - worker.last_seen, 1),
         run_id=facts.info.run_id,
         devices=facts.devices,
+        host=facts.host,
         engines=dict(facts.engines),
         instances=tuple(name for worker_id, name in sorted(known.pool.instances) if worker_id == worker.worker_id),
     )

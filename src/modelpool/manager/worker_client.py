@@ -23,7 +23,11 @@ class WorkerUnreachable(Exception):
 
 
 class OrderFailed(Exception):
-    """The worker answered that it will not; the message is its own."""
+    """The worker answered that it will not; the message is its own. `permanent`: nor will it the next time."""
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 class _ErrorText(msgspec.Struct, frozen=True):
@@ -67,7 +71,7 @@ class WorkerClient:
             raise _unreachable(error) from error
         if response.is_success or response.status_code in accept:
             return response.content
-        raise OrderFailed(_message(response))
+        raise OrderFailed(_message(response), permanent=response.status_code == 422)
 
     async def watch(self, url: str) -> None:
         """Return when the worker closes the connection. Raises WorkerUnreachable when it cannot be made or hangs."""

@@ -26,7 +26,9 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     sleep_levels: tuple[int, ...] = ()
     pss_bytes: int = 0
-    """Of its process tree, when it was last started, put to sleep or woken."""
+    """Of its process tree, when it was last measured."""
+    device_bytes: int = 0
+    """And what it held of each of its devices then."""
     last_sleep: LevelChange | None = None
     last_wake: LevelChange | None = None
     phases: tuple[StartPhase, ...] = ()
@@ -64,6 +66,8 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Device, ...]
     engines: dict[str, EngineStatus]
     instances: tuple[str, ...]
+    host: Device | None = None
+    """The machine, beside its accelerators."""
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -137,12 +137,13 @@ class StartPhase(msgspec.Struct, frozen=True):
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
     """The host listens. `capacity`: requests it runs at once. `phases`: where the time went, in their order.
 
-    `sleep_levels`: those its engine has; empty for one that can only be ended.
+    `sleep_levels`: those its engine has; empty for one that can only be ended. `weights_bytes`: of all its weights.
     """
 
     port: int
     capacity: int
     sleep_levels: tuple[int, ...] = ()
+    weights_bytes: int = 0
     phases: tuple[StartPhase, ...] = ()
     max_model_len: int | None = None
     num_gpu_blocks: int | None = None

@@ -66,6 +66,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     fake_load_error: Annotated[str, Meta(description="The start fails with this reason.")] | None = None
     fake_weights_mb: Annotated[float, Meta(ge=0, description="Memory that level 2 gives back.")] = 0
     fake_kv_mb: Annotated[float, Meta(ge=0, description="Memory that levels 1 and 2 give back.")] = 0
+    fake_context_mb: Annotated[float, Meta(ge=0, description="Memory of its accelerators that it keeps.")] = 0
     fake_sleep_ms: Annotated[float, Meta(ge=0, description="Time to fall asleep.")] = 0
     fake_wake_ms: Annotated[float, Meta(ge=0, description="Time to wake.")] = 0
     fake_reload_ms: Annotated[float, Meta(ge=0, description="Time to wake from level 2, besides.")] = 0

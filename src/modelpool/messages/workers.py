@@ -13,20 +13,19 @@ import msgspec
 from msgspec import Meta
 
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.placement import Room
 from modelpool.messages.engine import StartPhase
 from modelpool.messages.models import ModelSpec
 
 GiB = 1 << 30
 
 
-class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One accelerator, or the whole machine where there is none (`kind` "cpu"). Memory in bytes."""
+class Device(Room, frozen=True, kw_only=True):
+    """One accelerator, or the whole machine where there is none (`kind` "cpu"). Memory in bytes.
 
-    index: int
-    kind: str
-    name: str
-    total_bytes: int
-    free_bytes: int
+    `lost`: why it can be used no more. `others`: processes that are not of this pool, and hold memory of it.
+    """
+
     utilization: float = 0.0
     """0 to 1."""
 
@@ -56,7 +55,7 @@ class Address(msgspec.Struct, frozen=True):
 class LevelChange(msgspec.Struct, frozen=True, kw_only=True):
     """The last time that an instance went to sleep, or woke. Bytes are PSS of its process tree, before and after.
 
-    After a wake they are measured once it takes requests; 0 until then.
+    After a wake they are measured once it takes requests; 0 until then. `device_bytes_…`: of each of its devices.
 
     `level`: the one it went to, or came from. `seconds` come after `drain_s`, the wait for requests in flight.
     `reason`: why it stayed awake; "" when it did not.
@@ -68,6 +67,8 @@ class LevelChange(msgspec.Struct, frozen=True, kw_only=True):
     canary_s: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
+    device_bytes_before: int = 0
+    device_bytes_after: int = 0
     reason: str = ""
 
 
@@ -93,7 +94,10 @@ class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
     sleep_levels: tuple[int, ...] = ()
     """Those that its engine has, of 1 and 2."""
     pss_bytes: int = 0
-    """PSS of its process tree when it was last started, put to sleep or woken."""
+    """PSS of its process tree when it was last measured: at its start, when it was put to sleep or woken, and then."""
+    device_bytes: int = 0
+    """What it held of each of its devices then (the most, where they differ); on a CPU that is its PSS."""
+    weights_bytes: int = 0
     last_sleep: LevelChange | None = None
     last_wake: LevelChange | None = None
     phases: tuple[StartPhase, ...] = ()
@@ -115,12 +119,17 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /workers/register`. Registering again with what runs is how a manager that was away learns of it."""
+    """`POST /workers/register`. Registering again with what runs is how a manager that was away learns of it.
+
+    `host`: the machine, beside its accelerators. `files`: models, by hub name or path, whose files are there.
+    """
 
     info: WorkerInfo
     devices: tuple[Device, ...]
     engines: dict[str, EngineStatus]
     instances: tuple[InstanceReport, ...] = ()
+    host: Device | None = None
+    files: tuple[str, ...] = ()
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,6 +142,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     devices: tuple[Device, ...]
     engines: dict[str, EngineStatus]
     instances: tuple[InstanceReport, ...] = ()
+    host: Device | None = None
+    files: tuple[str, ...] = ()
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,6 +212,8 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     memory_bytes: int = 0
     """PSS of the instance's process tree."""
+    device_bytes: int = 0
+    """What it holds of each of its devices; on a CPU that is its PSS, and 0 where the driver does not tell."""
     pid: int | None = None
     progress: Progress | None = None
     reason: str = ""
@@ -217,3 +230,5 @@ class WorkerDescription(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Device, ...]
     engines: dict[str, EngineStatus]
     instances: tuple[InstanceReport, ...]
+    host: Device | None = None
+    files: tuple[str, ...] = ()

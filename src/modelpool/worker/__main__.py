@@ -103,14 +103,15 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
     token = settings.token or home.cluster_token()
     tag = f"{home.path}:{settings.worker_id}"
     ports = port_range(worker.port_range)
-    devices = await asyncio.to_thread(find_devices, worker.fake_devices, os.environ)
+    declared = home.run / f"fake-devices-{quote(settings.worker_id, safe='')}"
+    devices = await asyncio.to_thread(find_devices, worker.fake_devices, os.environ, declared)
     if left := await asyncio.to_thread(reap, TAG, tag):
         log.warning("killed what an earlier worker left behind: processes %s", left)
     async with AsyncExitStack() as stack:
         flag = "--worker-port" if os.environ.get(process.READY_FD) else "--port"  # `up` has a port of its own
         sock = stack.enter_context(bind_tcp(worker.host, worker.port, flag=flag, variable="WORKER_PORT"))
         info = worker_info(settings, sock.getsockname()[1])
-        place = host_place(settings, home, token, ports, devices.kind)
+        place = host_place(settings, home, token, ports)
         changed = asyncio.Event()
         forkservers = make_forkservers(settings, home, tag, changed)
         log_of = instance_logs(settings, home)
@@ -121,7 +122,7 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
         )
         limits = Limits(start_s=worker.start_timeout_s, stall_s=worker.stall_timeout_s, wake_s=worker.wake_timeout_s)
         supervisor = Supervisor(
-            Launcher(forkservers=forkservers, hub=hub, place=place, limits=limits, log_of=log_of),
+            Launcher(forkservers=forkservers, hub=hub, place=place, devices=devices, limits=limits, log_of=log_of),
             forkservers=forkservers,
             devices=devices,
             log_of=log_of,
@@ -189,7 +190,7 @@ def worker_info(settings: Settings, port: int) -> WorkerInfo:
     )
 
 
-def host_place(settings: Settings, home: Home, token: str, ports: tuple[int, int], device_kind: str) -> HostPlace:
+def host_place(settings: Settings, home: Home, token: str, ports: tuple[int, int]) -> HostPlace:
     worker = settings.worker
     bind = hosts_bind(worker.host, direct=not worker.public_url)
     return HostPlace(
@@ -200,7 +201,6 @@ def host_place(settings: Settings, home: Home, token: str, ports: tuple[int, int
         ports=ports,
         cwd=str(home.run),
         capacity=settings.models.instance_capacity,
-        device_kind=device_kind,
         environ=os.environ,
     )
 
@@ -241,10 +241,14 @@ def instance_logs(settings: Settings, home: Home) -> Callable[[str], InstanceLog
 
 def describer(supervisor: Supervisor, info: WorkerInfo) -> Callable[[], Awaitable[WorkerDescription]]:
     async def describe() -> WorkerDescription:
-        devices = await supervisor.devices()
+        reading = await supervisor.reading()
         # Reports last: what they say is then of one moment, and not older than the devices.
         return WorkerDescription(
-            info=info, devices=devices, engines=supervisor.engines(), instances=supervisor.reports()
+            info=info,
+            devices=reading.devices,
+            host=reading.host,
+            engines=supervisor.engines(),
+            instances=supervisor.reports(),
         )
 
     return describe

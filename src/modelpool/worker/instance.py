@@ -13,6 +13,7 @@ from modelpool.core.lifecycle import InstanceState, move, sleep_level
 from modelpool.messages.engine import HostStatus, Loaded, StartPhase, Wake
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.workers import Address, InstanceReport, LevelChange, Progress, SleepOrder
+from modelpool.worker.devices import Held
 from modelpool.worker.host import Host
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class Instance:
         self.level = 0
         """The sleep level that it has, or is on its way to."""
         self.orders: asyncio.Queue[SleepOrder | Wake] = asyncio.Queue()
-        self.pss_bytes = 0
+        self.held = Held(0, 0)
+        """As it was measured last."""
         self.last_sleep: LevelChange | None = None
         self.last_wake: LevelChange | None = None
         self.phases: tuple[StartPhase, ...] = ()
@@ -114,9 +116,9 @@ class Instance:
         self.move(InstanceState.WAKING)
         self.orders.put_nowait(Wake())
 
-    def fall_asleep(self, change: LevelChange) -> None:
+    def fall_asleep(self, change: LevelChange, held: Held) -> None:
         self.last_sleep = change
-        self.pss_bytes = change.bytes_after
+        self.held = held
         self.move(_AT_LEVEL[change.level])
 
     def stay(self, change: LevelChange) -> None:
@@ -132,11 +134,11 @@ class Instance:
         if not self.stop_asked.is_set():
             self.move(InstanceState.ACTIVE)
 
-    def measured(self, pss_bytes: int) -> None:
-        """So large is its process tree now, after its start or its last wake."""
-        self.pss_bytes = pss_bytes
+    def measured(self, held: Held) -> None:
+        """So much it holds now, after its start or its last wake."""
+        self.held = held
         if self.last_wake is not None:
-            self.last_wake = replace(self.last_wake, bytes_after=pss_bytes)
+            self.last_wake = replace(self.last_wake, bytes_after=held.host_bytes, device_bytes_after=held.device_bytes)
         self._touch()
 
     def advance(self, phase: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
@@ -183,7 +185,9 @@ class Instance:
             pid=self.host.pid if self.host else None,
             changed_at=self._changed_at,
             sleep_levels=self.loaded.sleep_levels if self.loaded else (),
-            pss_bytes=self.pss_bytes,
+            pss_bytes=self.held.host_bytes,
+            device_bytes=self.held.device_bytes,
+            weights_bytes=self.loaded.weights_bytes if self.loaded else 0,
             last_sleep=self.last_sleep,
             last_wake=self.last_wake,
             phases=self.phases,

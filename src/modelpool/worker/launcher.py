@@ -12,6 +12,7 @@ import msgspec
 from modelpool.messages.engine import HostSpec, Loaded, StartPhase
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import Address
+from modelpool.worker.devices import Devices
 from modelpool.worker.forkserver import EngineUnavailable, ForkFailed, Forkserver
 from modelpool.worker.host import Host, HostEnded, LoadRefused, forked_host
 from modelpool.worker.host_spec import host_environment
@@ -51,7 +52,6 @@ class HostPlace(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[int, int]
     cwd: str
     capacity: int | None
-    device_kind: str
     environ: Mapping[str, str]
 
 
@@ -74,12 +74,14 @@ class Launcher:
         forkservers: Mapping[EngineKind, Forkserver],
         hub: Hub,
         place: HostPlace,
+        devices: Devices,
         limits: Limits,
         log_of: Callable[[str], InstanceLog],
     ) -> None:
         self._forkservers = forkservers
         self._hub = hub
         self._place = place
+        self._devices = devices
         self._limits = limits
         self._log_of = log_of
 
@@ -163,7 +165,8 @@ class Launcher:
         log_start = await asyncio.to_thread(log_.size)
         asked = asyncio.create_task(instance.stop_asked.wait(), name=f"instance {instance.name} stop")
         changing = asyncio.create_task(
-            follow_orders(instance, host, self._limits.wake_s), name=f"instance {instance.name} residency"
+            follow_orders(instance, host, self._limits.wake_s, self._devices.held),
+            name=f"instance {instance.name} residency",
         )
         try:
             reason = await self._watch(host, asked, changing)
@@ -195,7 +198,8 @@ class Launcher:
             host.probe()
 
     def _spec(self, instance: Instance, path: str, log_: InstanceLog) -> HostSpec:
-        kind = self._place.device_kind
+        kind = self._devices.kind
+        environment = host_environment(self._place.environ, device_kind=kind, devices=instance.devices)
         return HostSpec(
             instance=instance.name,
             model=instance.model,
@@ -203,7 +207,7 @@ class Launcher:
             token=self._place.token,
             bind=self._place.bind,
             ports=self._place.ports,
-            env=host_environment(self._place.environ, device_kind=kind, devices=instance.devices),
+            env={**environment, **self._devices.environment},
             cwd=self._place.cwd,
             log_path=str(log_.path),
             device_kind=kind,

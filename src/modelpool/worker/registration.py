@@ -119,7 +119,14 @@ class Registration:
     async def _register(self, http: httpx.AsyncClient) -> None:
         self._changed.clear()
         now = await self._describe()
-        message = RegisterWorker(info=self._info, devices=now.devices, engines=now.engines, instances=now.instances)
+        message = RegisterWorker(
+            info=self._info,
+            devices=now.devices,
+            host=now.host,
+            files=now.files,
+            engines=now.engines,
+            instances=now.instances,
+        )
         try:
             await self._tell(http, "/workers/register", message)
         except NotRegistered:
@@ -141,6 +148,8 @@ class Registration:
             message = Heartbeat(
                 incarnation=self._info.incarnation,
                 devices=now.devices,
+                host=now.host,
+                files=now.files,
                 engines=now.engines,
                 instances=now.instances,
             )

@@ -27,18 +27,19 @@ from modelpool.messages.workers import (
     SleepOrder,
     StartOrder,
 )
-from modelpool.worker.devices import CPU, GB, Devices
+from modelpool.worker.devices import CPU, GB, Devices, Held, Reading, lost_devices
 from modelpool.worker.forkserver import Forkserver
 from modelpool.worker.instance import Instance
 from modelpool.worker.instance_log import InstanceLog
 from modelpool.worker.launcher import END_GRACE_S, Launcher
-from modelpool.worker.memory import tree_bytes
 from modelpool.worker.waiting import first_of
 
 log = logging.getLogger(__name__)
 
 _STATUS_DEADLINE_S = 0.5
 _ROTATION_INTERVAL_S = 10.0
+_MEASURE_INTERVAL_S = 10.0
+_NOISE = 0.02
 _SERVED = (InstanceState.ACTIVE, InstanceState.DRAINING)
 UNLOADED_LEVEL = 3
 _NO_FIGURES = HostStatus(inflight=0, requests_total=0)
@@ -99,6 +100,16 @@ class Supervisor:
             for name in list(self._instances):
                 await asyncio.to_thread(self._log_of(name).rotate)
 
+    async def measure(self) -> None:
+        """Know what awake instances hold, which may grow while they work, until cancelled."""
+        while True:
+            await asyncio.sleep(_MEASURE_INTERVAL_S)
+            for instance in list(self._instances.values()):
+                if instance.state is InstanceState.ACTIVE and instance.host is not None:
+                    held = await asyncio.to_thread(self._devices.held, instance.host.pid)
+                    if instance.state is InstanceState.ACTIVE and _differ(held, instance.held):
+                        instance.held = held
+
     async def run_forkserver(self, kind: EngineKind) -> None:
         """Keep the forkserver of this kind alive, until cancelled. A new one adopts the hosts of the one before."""
         await self._forkservers[kind].run(
@@ -110,12 +121,24 @@ class Supervisor:
     def engines(self) -> dict[str, EngineStatus]:
         return {kind.value: forkserver.status for kind, forkserver in self._forkservers.items()}
 
-    async def devices(self) -> tuple[Device, ...]:
-        held: dict[int, int] = {}
-        for instance in self._instances.values():
-            for index in instance.devices if not instance.over else ():
-                held[index] = held.get(index, 0) + _held(instance)
-        return await asyncio.to_thread(self._devices.read, held)
+    async def reading(self) -> Reading:
+        """The devices as they are now. What runs on one that is lost fails with that reason."""
+        leaders = [each.host.pid for each in self._instances.values() if each.host is not None]
+        reading = await asyncio.to_thread(self._devices.read, leaders)
+        lost = lost_devices(reading.devices)
+        for instance in list(self._instances.values()):
+            reasons = [lost[index] for index in instance.devices if index in lost]
+            if reasons and not instance.over:
+                self._give_up(instance, reasons[0])
+        return reading
+
+    def _give_up(self, instance: Instance, reason: str) -> None:
+        """FAILED at once, whatever its host is doing."""
+        instance.fail(reason)
+        if instance.host is not None:
+            instance.host.kill()
+        elif instance.task is not None:
+            instance.task.cancel()
 
     def reports(self) -> tuple[InstanceReport, ...]:
         return tuple(instance.report() for instance in self._instances.values())
@@ -152,7 +175,7 @@ class Supervisor:
         """The host's own figures, the last known ones when it does not answer at once. Raises InstanceNotFound."""
         instance = self._require(name)
         figures = await self._figures(instance)
-        memory = await asyncio.to_thread(tree_bytes, instance.host.pid) if instance.host else 0
+        held = await asyncio.to_thread(self._devices.held, instance.host.pid) if instance.host else Held(0, 0)
         loaded = instance.loaded
         return InstanceStatus(
             instance=name,
@@ -161,7 +184,7 @@ class Supervisor:
             sleep_level_value=sleep_level(instance.state),
             inflight_requests=figures.inflight,
             capacity=loaded.capacity if loaded else 0,
-            gpu_info=_gpu_info(await self.devices(), instance.devices),
+            gpu_info=_gpu_info((await self.reading()).devices, instance.devices),
             ttft_last=figures.ttft_last,
             ttft_avg=figures.ttft_avg,
             e2e_last=figures.e2e_last,
@@ -175,7 +198,8 @@ class Supervisor:
             max_num_seqs=loaded.max_num_seqs if loaded else None,
             max_num_batched_tokens=loaded.max_num_batched_tokens if loaded else None,
             max_model_len=loaded.max_model_len if loaded else None,
-            memory_bytes=memory,
+            memory_bytes=held.host_bytes,
+            device_bytes=held.device_bytes,
             pid=instance.host.pid if instance.host else None,
             progress=instance.progress,
             reason=instance.reason,
@@ -201,11 +225,11 @@ class Supervisor:
     async def start(self, order: StartOrder) -> InstanceReport:
         """Start an instance, or change nothing when the same one runs. Returns at once.
 
-        Raises Conflict when it runs with another model or is being stopped, InvalidBody for devices that are not
-        there, Draining when this worker ends.
+        Raises Conflict when it runs with another model or is being stopped, or its device is lost, InvalidBody for
+        devices that are not there, Draining when this worker ends.
         """
         name = order.instance or order.model.alias
-        devices, memory_bytes = _share(order, await asyncio.to_thread(self._devices.read, {}))
+        devices, memory_bytes = _share(order, (await self.reading()).devices)
         if self._closing:
             raise Draining("This worker ends.", code="worker_draining", retry_after=5)
         before = self._instances.get(name)
@@ -316,7 +340,10 @@ async def running_supervisor(supervisor: Supervisor, end_drain_s: float) -> Asyn
     """
     async with asyncio.TaskGroup() as tasks:
         supervisor.attach(tasks)
-        services = [tasks.create_task(supervisor.rotate_logs(), name="log rotation")]
+        services = [
+            tasks.create_task(supervisor.rotate_logs(), name="log rotation"),
+            tasks.create_task(supervisor.measure(), name="measuring"),
+        ]
         services += [
             tasks.create_task(supervisor.run_forkserver(kind), name=f"{kind} forkserver") for kind in EngineKind
         ]
@@ -374,11 +401,10 @@ def _running(instance: Instance, model: ModelSpec) -> InstanceReport:
     return instance.report()
 
 
-def _held(instance: Instance) -> int:
-    """What it is taken to hold of a declared device: as on a real one, only what it has taken by now."""
-    if instance.state in _SERVED:
-        return instance.memory_bytes
-    return 0 if instance.state is InstanceState.STARTING else min(instance.memory_bytes, instance.pss_bytes)
+def _differ(one: Held, other: Held) -> bool:
+    """By more than what comes and goes with every request."""
+    pairs = ((one.device_bytes, other.device_bytes), (one.host_bytes, other.host_bytes))
+    return any(abs(now - before) > _NOISE * before for now, before in pairs)
 
 
 def _share(order: StartOrder, devices: tuple[Device, ...]) -> tuple[tuple[int, ...], int]:
@@ -396,6 +422,8 @@ def _share(order: StartOrder, devices: tuple[Device, ...]) -> tuple[tuple[int, .
             f"`devices`: tensor_parallel_size is {wanted}, but there are {len(set(chosen))} devices for it.",
             param="devices",
         )
+    if lost := [reason for index, reason in lost_devices(devices).items() if index in chosen]:
+        raise Conflict(f"`devices`: {lost[0]}.", param="devices", code="device_lost")
     if order.memory_bytes:
         return chosen, order.memory_bytes
     if model.gpu_memory_gb is not None:

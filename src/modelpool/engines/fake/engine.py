@@ -12,8 +12,9 @@ from modelpool.engines.canary import Reading
 from modelpool.engines.engine import ASGIApp, Facts, LoadError, Phase, ResidencyError, Stats, StillBusy
 from modelpool.engines.fake.app import FakeApp
 from modelpool.engines.fake.behaviour import Behaviour
-from modelpool.engines.fake.held import Held
+from modelpool.engines.fake.held import Memory, ProcessMemory, memory_of
 from modelpool.engines.fake.slots import Slots
+from modelpool.fake_gpus import OutOfMemory
 from modelpool.messages.engine import HostSpec
 from modelpool.messages.models import ModelSpec
 
@@ -29,12 +30,11 @@ def _die() -> None:
 class FakeEngine:
     """An Engine (modelpool.engines.engine) that computes nothing."""
 
-    def __init__(self, model: ModelSpec, crash: Callable[[], None] = _die) -> None:
+    def __init__(self, model: ModelSpec, crash: Callable[[], None] = _die, memory: Memory | None = None) -> None:
         self.model = model
         self.slots = Slots(model.fake_capacity)
         self._crash = crash
-        self._weights = Held(model.fake_weights_mb)
-        self._kv_cache = Held(model.fake_kv_mb)
+        self._memory = memory or ProcessMemory(model)
         self._level = 0
         self._awake = asyncio.Event()
         self._awake.set()
@@ -47,9 +47,11 @@ class FakeEngine:
         time.sleep(spec.model.fake_load_ms / 1000)
         if spec.model.fake_load_error is not None:
             raise LoadError(spec.model.fake_load_error)
-        engine = cls(spec.model)
-        engine._weights.take()
-        engine._kv_cache.take()
+        engine = cls(spec.model, memory=memory_of(spec))
+        try:
+            engine._memory.hold(0)
+        except OutOfMemory as error:
+            raise LoadError(str(error)) from error
         return engine
 
     @property
@@ -57,6 +59,7 @@ class FakeEngine:
         return Facts(
             capacity=self.model.fake_capacity,
             sleep_levels=(1, 2),
+            weights_bytes=int(self.model.fake_weights_mb * 10**6),
             max_model_len=self.model.max_model_len or DEFAULT_MAX_MODEL_LEN,
             max_num_seqs=self.model.fake_capacity,
         )
@@ -78,16 +81,22 @@ class FakeEngine:
         await asyncio.sleep(self.model.fake_sleep_ms / 1000)
         if self.model.fake_sleep_error is not None:
             raise ResidencyError(self.model.fake_sleep_error)
+        try:
+            freed = self._memory.hold(level)
+        except OutOfMemory as error:
+            raise ResidencyError(str(error)) from error
         self._level = level
-        return self._kv_cache.give_back() + (self._weights.give_back() if level == 2 else 0)
+        return freed
 
     async def wake(self) -> None:
         reload_ms = self.model.fake_reload_ms if self._level == 2 else 0
         await asyncio.sleep((self.model.fake_wake_ms + reload_ms) / 1000)
         if self.model.fake_wake_error is not None:
             raise ResidencyError(self.model.fake_wake_error)
-        self._weights.take()
-        self._kv_cache.take()
+        try:
+            self._memory.hold(0)
+        except OutOfMemory as error:
+            raise ResidencyError(str(error)) from error
         self._level = 0
         self._woken = True
         self._awake.set()

@@ -58,6 +58,7 @@ class VllmEngine:
         self._arguments = arguments
         self._causes = causes
         self._levels = levels(llm, llm.vllm_config)
+        self._weights_bytes = weights_bytes(Path(arguments.model))
         self._tasks: tuple[str, ...] = ()
         self._adapters: Mapping[str, LoRARequest] = {}
         self._reloads = False
@@ -124,6 +125,7 @@ class VllmEngine:
         return Facts(
             capacity=config.scheduler_config.max_num_seqs,
             sleep_levels=self._levels.offered,
+            weights_bytes=self._weights_bytes,
             phases=self._phases,
             max_model_len=config.model_config.max_model_len,
             num_gpu_blocks=config.cache_config.num_gpu_blocks,
