@@ -96,6 +96,7 @@ def test_a_start_is_idempotent_and_a_stop_gives_everything_back(worker: WorkerPr
     assert PORTS[0] <= running["address"]["port"] <= PORTS[1]
     again = worker.order("m")
     assert (again.status_code, again.json()) == (200, running)
+    assert worker.order("m", pinned=True, idle_sleep_1_s=3).json() == running  # the controller's matter, not its own
     assert code(worker.order("m", fake_capacity=3)) == (409, "instance_taken")
     assert worker.stop("m")["state"] == "DRAINING"
     assert not Path(f"/proc/{running['pid']}").exists()

@@ -92,6 +92,26 @@ def test_every_row_is_a_line_and_replicas_are_in_order(fake_pool: PoolProcess) -
     fake_pool.remove("cli-many")
 
 
+def test_settings_are_changed_while_a_model_runs(fake_pool: PoolProcess) -> None:
+    fake_pool.register("cli-set", fake=True)
+    fake_pool.wait_active("cli-set")
+    host = fake_pool.one("modelpool: host cli-set").pid
+    changed = json.loads(run(fake_pool, "set", "cli-set", "min_replicas=2", "pinned=true", "--json").stdout)
+    assert (changed["spec"]["min_replicas"], changed["spec"]["pinned"], changed["wanted"]) == (2, True, 2)
+    view = fake_pool.wait_active("cli-set", replicas=2)
+    assert host in [each["pid"] for each in view["instances"]]
+    refused = run(fake_pool, "set", "cli-set", "max_model_len=9")
+    assert refused.returncode == 1
+    assert "error: `max_model_len`: an instance keeps what it was started with." in refused.stderr
+    assert run(fake_pool, "set", "cli-set", "min_replicas=null", "max_replicas=1").returncode == 0
+    eventually(
+        lambda: [each["pid"] for each in fake_pool.model("cli-set")["instances"]] == [host],
+        30,
+        lambda: f"one replica: {fake_pool.model('cli-set')}",
+    )
+    fake_pool.remove("cli-set")
+
+
 def test_what_is_piped_into_chat_is_one_prompt(fake_pool: PoolProcess) -> None:
     fake_pool.register("cli-parrot", fake=True)
     fake_pool.wait_active("cli-parrot")

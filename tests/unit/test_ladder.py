@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from modelpool.core.demand import Seen
 from modelpool.core.learned import What
@@ -16,6 +17,7 @@ from modelpool.core.pool import (
     Device,
     Event,
     Model,
+    ModelChanged,
     ModelRegistered,
     OrderAnswered,
     OrderRefused,
@@ -198,6 +200,60 @@ def test_what_is_pinned_or_kept_never_gives_way() -> None:
     pool, effects = play((1000, heard(report("a"))), (1000, ModelRegistered(model("b"))), (1001, asked(b=1)), pool=kept)
     assert effects == ()
     assert "to be kept" in pool.shortages["b"]
+
+
+def changed(alias: str, **settings: object) -> ModelChanged:
+    return ModelChanged(replace(model(alias), **settings))
+
+
+def test_what_is_to_be_preloaded_is_brought_up_whenever_there_is_room_and_gives_way_to_whoever_is_asked_for() -> None:
+    at_rest = ModelRegistered(replace(model("a"), preload=True), {}, True)
+    pool, effects = play((0, heard()), (0, at_rest))
+    assert told(effects) == [("start", "a")]
+    pool, effects = play((1, heard(report("a"))), (1000, heard(report("a"))), pool=pool)
+    assert effects == ()  # nobody asked for it, and it stays
+    pool, effects = play((1001, ModelRegistered(model("b"))), (1001, asked(b=1)), pool=pool)
+    assert told(effects) == [("stop", "a")]
+    pool, effects = play((1002, heard()), pool=pool)
+    assert told(effects) == [("start", "b")]
+    pool, effects = play((1003, heard(report("b"))), (1010, heard(report("b"))), (1010, asked()), pool=pool)
+    assert effects == ()  # nobody gives way for it
+    pool, effects = play((1150, heard(report("b"))), (1151, heard(report("b", S.SLEEP_1, held=1))), pool=pool)
+    assert told(effects) == [("start", "a")]
+
+
+def test_who_is_to_be_preloaded_leaves_the_room_that_is_made_for_others() -> None:
+    pool = up("a", "c", gb=4)
+    preload = ModelRegistered(replace(model("b", 3), preload=True))
+    pool, effects = play((1, preload), (20, heard(report("a", gb=4), report("c", gb=4))), pool=pool)
+    assert effects == ()
+    pool, effects = play((20, ModelRegistered(model("large", 10))), (21, asked(large=1)), pool=pool)
+    assert sorted(told(effects)) == [("stop", "a"), ("stop", "c")]
+    pool, effects = play((22, heard(report("a", S.DRAINING, gb=4))), pool=pool)
+    assert effects == ()
+    assert "leaves the room to large, which is asked for" in pool.shortages["b"]
+    pool, effects = play((23, heard()), pool=pool)
+    assert told(effects) == [("start", "large")]
+
+
+def test_settings_change_while_it_runs() -> None:
+    pool, effects = play((50, changed("a", idle_sleep_1_s=50)), pool=up("a"))
+    assert told(effects) == [("sleep 1", "a")]
+    pool, effects = play((99, changed("a", pinned=True)), (1000, heard(report("a"))), pool=up("a"))
+    assert effects == ()
+    pool, effects = play((1001, changed("a")), pool=pool)
+    assert told(effects) == [("sleep 1", "a")]
+    pool, effects = play((1, changed("a", min_replicas=2, memory_bytes=GB)), pool=up("a"))
+    assert told(effects) == [("start", "a-r2")]
+
+
+def test_a_model_has_thresholds_and_a_capacity_of_its_own() -> None:
+    pool, _ = play((20, serving(a=6)), (25, serving(a=6)), (30, serving(a=6)), pool=up("a", gb=3))
+    small = {"memory_bytes": 3 * GB}
+    assert told(play((31, changed("a", **small)), pool=pool)[1]) == []
+    assert told(play((31, changed("a", load_high=0.5, **small)), pool=pool)[1]) == [("start", "a-r2")]
+    assert told(play((31, changed("a", capacity=7, **small)), pool=pool)[1]) == [("start", "a-r2")]
+    assert told(play((31, changed("a", capacity=7, load_high=0.9, **small)), pool=pool)[1]) == []
 
 
 # ---------------------------------------------------------------- any order of events

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from modelpool.errors import InvalidBody, InvalidRequest
-from modelpool.messages.models import ModelSpec, decode_body
+from modelpool.messages.models import CHANGEABLE, ModelSpec, changed, decode_body, for_engine
 
 
 def refused(body: bytes) -> InvalidBody:
@@ -60,6 +60,43 @@ def test_an_unknown_field_that_is_like_no_other_gets_no_guess(field: str) -> Non
     error = refused(msgspec.json.encode({"alias": "a", "fake": True, field: 3}))
     assert "Did you mean" not in error.message
     assert "Allowed: alias, " in error.message
+
+
+SPEC = ModelSpec(alias="a", fake=True, fake_capacity=3, max_replicas=2, idle_sleep_1_s=5)
+
+
+def test_a_change_sets_what_it_names_and_null_brings_the_default_back() -> None:
+    new = changed(SPEC, {"pinned": True, "max_replicas": None, "min_replicas": 7})
+    assert new == ModelSpec(alias="a", fake=True, fake_capacity=3, pinned=True, min_replicas=7, idle_sleep_1_s=5)
+    assert changed(SPEC, {}) == SPEC
+    assert changed(SPEC, msgspec.to_builtins(SPEC)) == SPEC
+    assert for_engine(new) == for_engine(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code", "says"),
+    [
+        ({"max_model_len": 8}, "max_model_len", "field_fixed", "`modelpool rm a`"),
+        ({"alias": "b"}, "alias", "field_fixed", "what can be changed: min_replicas, "),
+        ({"pinned": True, "fake_capacity": None}, "fake_capacity", "field_fixed", "keeps what it was started with"),
+        ({"pined": True}, "pined", "unknown_field", "Did you mean `pinned`?"),
+        ({"colour": 1}, "colour", "unknown_field", "Allowed: min_replicas, max_replicas, pinned, preload, "),
+        ({"max_replicas": 0}, "max_replicas", "invalid_body", "Expected `int` >= 1, got 0"),
+        ({"min_replicas": 3}, "min_replicas", "invalid_body", "3 is above max_replicas, 2"),
+        ({"load_low": 0.9, "load_high": 0.8}, "load_low", "invalid_body", "0.9 must be below load_high, 0.8"),
+    ],
+)
+def test_a_change_that_cannot_be_names_the_field_and_what_to_do(
+    change: dict[str, object], param: str, code: str, says: str
+) -> None:
+    with pytest.raises(InvalidBody) as caught:
+        changed(SPEC, change)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert says in caught.value.message
+
+
+def test_whatever_may_change_has_a_default_to_come_back_to() -> None:
+    assert changed(SPEC, dict.fromkeys(CHANGEABLE)) == ModelSpec(alias="a", fake=True, fake_capacity=3)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"{'a':1}"])

@@ -207,6 +207,22 @@ def register_command(
         )
 
 
+@app.command("set")
+def set_command(
+    alias: str,
+    settings: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE...", help="min_replicas=1, pinned=true; null for the default.")
+    ],
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Change settings of a model while it runs: replicas, pinned, preload, capacity, thresholds, idle times."""
+    change = dict(_assignment(text) for text in settings)
+    with _client(url) as client:
+        view = client.change(alias, change)
+    _print(view, json, lambda: models_table([view]))
+
+
 @app.command("rm")
 def remove_command(alias: str, url: UrlOption = None, json: JsonOption = False) -> None:
     """Remove a model: it takes no new requests, finishes those it has, and ends."""

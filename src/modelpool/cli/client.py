@@ -111,6 +111,10 @@ class PoolClient:
         answer = self._request("POST", "/admin/models/register", json=body)
         return self._decoded(answer, _Registered).routing
 
+    def change(self, alias: str, change: dict[str, Any]) -> ModelView:
+        answer = self._request("PATCH", f"/admin/models/{quote(alias)}", json=change)
+        return self._decoded(answer, _Registered).routing
+
     def remove(self, alias: str) -> None:
         self._request("DELETE", f"/admin/models/{quote(alias)}", done_already=404)
 

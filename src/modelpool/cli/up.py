@@ -25,6 +25,7 @@ from modelpool.cli.waiting import News
 from modelpool.core.lifecycle import InstanceState
 from modelpool.home import Home, open_private
 from modelpool.messages.admin import ModelView, PoolStatus
+from modelpool.messages.models import ModelSpec, for_engine
 from modelpool.process import StartupError
 from modelpool.settings import Settings
 
@@ -141,6 +142,8 @@ async def _register_demo(control: httpx.AsyncClient, screen: Screen) -> None:
     if answer.status_code == 409:
         path = f"/admin/models/{demo.ALIAS}"
         registered = msgspec.json.decode((await control.get(path)).content, type=ModelView)
+        if for_engine(registered.spec) == for_engine(msgspec.convert(body, ModelSpec)):
+            return  # its user changed its settings
         if not registered.spec.model_name.endswith("modelpool/demo/model"):
             screen.notice(f"the alias `{demo.ALIAS}` is taken by another model; the demo model is left out")
             return

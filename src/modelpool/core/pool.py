@@ -62,6 +62,12 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     max_replicas: int | None = None
     pinned: bool = False
     """Never goes down the ladder, whoever needs its memory."""
+    preload: bool = False
+    """Is brought up whenever there is room, though nobody asks, and gives way to whoever is asked for."""
+    capacity: int | None = None
+    load_high: float | None = None
+    load_low: float | None = None
+    cooldown_s: float | None = None
     idle_sleep_1_s: float | None = None
     idle_sleep_2_s: float | None = None
     idle_unload_s: float | None = None
@@ -203,6 +209,12 @@ class ModelRegistered(msgspec.Struct, frozen=True):
     resting: bool = False
 
 
+class ModelChanged(msgspec.Struct, frozen=True):
+    """Its settings are others now; its key is the same, so what runs is as good as before."""
+
+    model: Model
+
+
 class ModelRemoved(msgspec.Struct, frozen=True):
     alias: str
 
@@ -271,6 +283,7 @@ class Tick(msgspec.Struct, frozen=True):
 
 Event = (
     ModelRegistered
+    | ModelChanged
     | ModelRemoved
     | WorkerReported
     | WorkerGone
@@ -294,6 +307,8 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
                 demand={**pool.demand, model.alias: Demand(asked_at=now)},
                 wanted_up=pool.wanted_up if resting else pool.wanted_up | {model.alias},
             )
+        case ModelChanged(model):
+            return replace(pool, models={**pool.models, model.alias: model})
         case ModelRemoved(alias):
             unwanted = {
                 key: replace(each, unwanted_since=now - UNWANTED_GRACE_S)

@@ -86,6 +86,8 @@ class _Round:
         self.now = now
         self.effects: list[Effect] = []
         self.wishes: dict[str, Wish] = {}
+        self.kept_for: dict[str, str] = {}
+        """worker → the model for whose requests room is being made there."""
         self._keys: dict[str, list[Key]] = {}
         self._on: dict[str, list[Key]] = {}
         for key, instance in pool.instances.items():
@@ -151,9 +153,14 @@ def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
 def replicas_wanted(pool: Pool, model: Model, instances: Iterable[Instance]) -> int:
     """How many there are to be now: those to be kept, one for who asks, and those that load brought up."""
     least = scaling_of(pool.policy, model).min_replicas
-    asked = model.alias in pool.wanted_up or pool.demand[model.alias].waiting > 0
+    asked = to_be_up(pool, model) or pool.demand[model.alias].waiting > 0
     up = [_replica(pool, each) for each in _usable(pool, model, instances)]
     return max(least, 1 if asked else 0, sum(each.state not in _DOWN for each in up))
+
+
+def to_be_up(pool: Pool, model: Model) -> bool:
+    """Whether one replica is to be up although nobody asks."""
+    return model.preload or model.alias in pool.wanted_up
 
 
 def _stop_unwanted(pool: Pool, round_: _Round) -> Pool:
@@ -192,7 +199,7 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage |
             pool.demand[model.alias],
             replicas,
             changed_at=pool.stepped_at.get(model.alias, -math.inf),
-            wanted_once=model.alias in pool.wanted_up,
+            wanted_once=to_be_up(pool, model),
             now=round_.now,
         )
         round_.wishes[model.alias] = decided
@@ -211,7 +218,12 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage |
 
 def scaling_of(policy: Policy, model: Model) -> ScalingPolicy:
     """The policy for one model: what it says itself, else what holds for all."""
-    general = policy.scaling
+    general = replace(
+        policy.scaling,
+        load_high=_first(model.load_high, policy.scaling.load_high),
+        load_low=_first(model.load_low, policy.scaling.load_low),
+        cooldown_s=_first(model.cooldown_s, policy.scaling.cooldown_s),
+    )
     most = policy.max_replicas if model.max_replicas is None else model.max_replicas
     least = min(policy.min_replicas, most) if model.min_replicas is None else model.min_replicas
     if model.pinned:
@@ -250,14 +262,14 @@ def _replica(pool: Pool, instance: Instance) -> Replica:
         state = InstanceState.WAKING
     elif instance.order is not Step.NONE:
         state = InstanceState.DRAINING
-    demand = pool.demand[instance.alias]
+    demand, model = pool.demand[instance.alias], pool.models[instance.alias]
     awake_since = max(demand.asked_at, instance.active_since)
     return Replica(
         name=instance.instance,
         number=replica_number(instance.instance, instance.alias),
         state=state,
         inflight=demand.inflight(instance.instance),
-        capacity=instance.capacity,
+        capacity=model.capacity or instance.capacity,
         idle_since=awake_since if state is InstanceState.ACTIVE else instance.idle_since,
         levels=instance.levels,
     )
@@ -320,7 +332,7 @@ def _wanted(pool: Pool, model: Model, now: float) -> bool:
     """Whether somebody may miss it: else an instance that failed is not tried again."""
     demand, scaling = pool.demand[model.alias], scaling_of(pool.policy, model)
     recently = now < demand.asked_at + scaling.idle_sleep_1_s
-    return model.alias in pool.wanted_up or scaling.min_replicas > 0 or demand.busy or recently
+    return to_be_up(pool, model) or scaling.min_replicas > 0 or demand.busy or recently
 
 
 def _take(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool, Shortage | None]:
@@ -397,6 +409,8 @@ def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> t
     if name in ending:
         return pool, Shortage("waits for its former instance to end")
     candidates = _candidates(pool, model, round_)
+    if not decided.urgent:
+        candidates = [_unless_kept(each, round_) for each in candidates]
     choice = place(_need(pool, model), candidates)
     if isinstance(choice, Placement):
         return _start(pool, _new_instance(pool, model, name, choice), round_), None
@@ -434,6 +448,8 @@ def _room_to_wake(
 ) -> tuple[Pool, Shortage | None]:
     """Nothing in the way, or what; others give way where somebody waits."""
     short = _lacking_to_wake(pool, instance, round_)
+    if not decided.urgent and (other := round_.kept_for.get(instance.worker_id)):
+        return pool, Shortage(_leaves_room_to(other))
     if not short:
         return pool, None
     numbers = ", ".join(f"{gb(bytes_)} on device {device}" for device, bytes_ in sorted(short.items()))
@@ -459,7 +475,10 @@ def _make_room(
     refusal: Refusal,
     round_: _Round,
 ) -> tuple[Pool, Shortage | None]:
-    """Have others give way on the worker where that costs least; say what is waited for, or why nobody can."""
+    """Have others give way on the worker where that costs least; say what is waited for, or why nobody can.
+
+    Who is brought up without being asked for leaves alone what becomes free there meanwhile.
+    """
     plans: list[tuple[float, str, Plan]] = []
     refusals: list[tuple[str, NoPlan]] = []
     moving = False
@@ -470,6 +489,7 @@ def _make_room(
             coming = {index: sum(_returning(each, index) for each in here) for index in short}
             rest = {index: bytes_ - coming[index] for index, bytes_ in short.items() if bytes_ > coming[index]}
             if not rest:
+                _keep_room(pool, worker_id, model, round_)
                 return pool, Shortage(f"waits for memory that is being given back on {worker_id}", passing=True)
             books = ledger(pool.workers[worker_id], here)
             holders = [_holder(pool, each, books, model, round_) for each in here if not _leaving(each)]
@@ -495,7 +515,22 @@ def _make_room(
     recent = tuple(at for at in pool.swaps.get(worker_id, ()) if round_.now - at < _MINUTE_S)
     pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(round_.now for _ in cheapest.evictions))})
     names = ", ".join(each.instance for each in cheapest.evictions)
+    _keep_room(pool, worker_id, model, round_)
     return pool, Shortage(f"waits for {names} to give way on {worker_id}", passing=True)
+
+
+def _keep_room(pool: Pool, worker_id: str, model: Model, round_: _Round) -> None:
+    if pool.demand[model.alias].waiting:
+        round_.kept_for[worker_id] = model.alias
+
+
+def _unless_kept(candidate: Candidate, round_: _Round) -> Candidate:
+    other = round_.kept_for.get(candidate.worker_id)
+    return replace(candidate, refusal=_leaves_room_to(other)) if other else candidate
+
+
+def _leaves_room_to(alias: str) -> str:
+    return f"leaves the room to {alias}, which is asked for"
 
 
 def _is_moving(instance: Instance) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from modelpool.control_http import answer, body_schema, render_errors
 from modelpool.errors import BodyTooLarge
-from modelpool.manager.openapi import document
+from modelpool.manager.openapi import change_schema, document
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
 from modelpool.messages.demand import DemandReport
@@ -81,6 +81,11 @@ def _add_model_routes(app: FastAPI, manager: ManagerPort) -> None:
     @app.get("/admin/models/{alias:path}")
     async def model(alias: str) -> Response:
         return answer(await manager.model(alias))
+
+    @app.patch("/admin/models/{alias:path}", openapi_extra=change_schema())
+    async def change(alias: str, request: Request) -> Response:
+        wanted = decode_body(await request.body(), dict[str, Any])
+        return answer(Registered(status="success", routing=await manager.change_model(alias, wanted)))
 
     @app.delete("/admin/models/{alias:path}")
     async def remove(alias: str) -> Response:

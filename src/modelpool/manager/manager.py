@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,7 +31,7 @@ from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnr
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
-from modelpool.messages.models import ModelSpec
+from modelpool.messages.models import CHANGEABLE, ModelSpec, changed, for_engine
 from modelpool.messages.routing import KEEPALIVE_S, Delta, ModelEntry, Snapshot, Update
 from modelpool.messages.workers import (
     Device,
@@ -249,9 +250,13 @@ class Manager:
         async with self._writing:
             known = self._specs.get(spec.alias)
             if known is not None and known != spec:
+                differences = _differences(known, spec)
+                cure = "PATCH /admin/models/{alias} (`modelpool set`) changes that."
+                if not set(differences) <= set(CHANGEABLE):
+                    cure = "Remove it first, or use another alias."
                 raise Conflict(
                     f"The alias `{spec.alias}` is registered with another body (it differs in "
-                    f"{', '.join(_differences(known, spec))}). Remove it first, or use another alias.",
+                    f"{', '.join(differences)}). {cure}",
                     param="alias",
                     code="alias_taken",
                 )
@@ -265,6 +270,20 @@ class Manager:
                 await self._told_gateways()  # before its user is: their first request may come at once
                 log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
         return self._view(spec.alias)
+
+    async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
+        async with self._writing:  # one change after the other, each to what the one before left
+            self._require(alias)
+            before = self._specs[alias]
+            spec = changed(before, change)
+            if spec != before:
+                await self._store.change_model(spec)
+                self._specs[alias] = spec
+                self._apply(core.ModelChanged(_model(spec, self._pool.models[alias].created)))
+                self._act_now()
+                await self._told_gateways()
+                log.info("changed %s: %s", alias, ", ".join(_differences(before, spec)))
+        return self._view(alias)
 
     async def remove_model(self, alias: str) -> None:
         async with self._writing:
@@ -511,7 +530,7 @@ def _now() -> float:
 
 
 def _key(spec: ModelSpec) -> str:
-    return hashlib.sha256(msgspec.json.encode(spec, order="deterministic")).hexdigest()[:16]
+    return hashlib.sha256(msgspec.json.encode(for_engine(spec), order="deterministic")).hexdigest()[:16]
 
 
 def _model(spec: ModelSpec, created: int) -> core.Model:
@@ -527,6 +546,11 @@ def _model(spec: ModelSpec, created: int) -> core.Model:
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
         pinned=spec.pinned,
+        preload=spec.preload,
+        capacity=spec.capacity,
+        load_high=spec.load_high,
+        load_low=spec.load_low,
+        cooldown_s=spec.cooldown_s,
         idle_sleep_1_s=spec.idle_sleep_1_s,
         idle_sleep_2_s=spec.idle_sleep_2_s,
         idle_unload_s=spec.idle_unload_s,

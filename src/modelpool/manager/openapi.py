@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from modelpool import __version__
+from modelpool.control_http import body_schema
+from modelpool.messages.models import CHANGEABLE, ModelSpec
 from modelpool.relay.inference import FORM_PATHS, JSON_PATHS
 
 Json = dict[str, Any]
@@ -78,6 +80,14 @@ def document(app: FastAPI) -> Json:
         "components": {"schemas": schemas, "securitySchemes": schemes},
         "security": [{"key": []}, {}],
     }
+
+
+def change_schema() -> Json:
+    """`openapi_extra` for the change of a model: the fields of a registration that may change, or null."""
+    (spec,) = (body["schema"] for body in body_schema(ModelSpec)["requestBody"]["content"].values())
+    fields = {name: {"anyOf": [spec["properties"][name], {"type": "null"}]} for name in CHANGEABLE}
+    schema = {"type": "object", "properties": fields, "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _share_schemas(operation: Json, schemas: Json) -> None:

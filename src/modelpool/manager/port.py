@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
@@ -18,6 +18,13 @@ class ManagerPort(Protocol):
 
     async def register_model(self, spec: ModelSpec) -> ModelView:
         """Register a model. The same spec again changes nothing; another one under the same alias is a Conflict."""
+
+    async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
+        """Change settings of a model, by a JSON merge patch; what runs runs on.
+
+        Changes come one after the other, each to what the one before left. Raises ModelNotFound, and InvalidBody for
+        a field that there is not, that cannot have this value, or that an engine is started with.
+        """
 
     async def remove_model(self, alias: str) -> None:
         """Forget a model and end its instances, after those in flight. Raises ModelNotFound."""

@@ -147,6 +147,11 @@ class Store:
         async with _transaction(self._engine) as connection:
             await connection.execute(sa.insert(_models).values(alias=spec.alias, spec=raw, created=created))
 
+    async def change_model(self, spec: ModelSpec) -> None:
+        raw = json.loads(msgspec.json.encode(spec))
+        async with _transaction(self._engine) as connection:
+            await connection.execute(sa.update(_models).where(_models.c.alias == spec.alias).values(spec=raw))
+
     async def remove_model(self, alias: str) -> None:
         async with _transaction(self._engine) as connection:
             await connection.execute(sa.delete(_models).where(_models.c.alias == alias))

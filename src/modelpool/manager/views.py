@@ -90,7 +90,7 @@ def _route(known: Known, instance: Instance) -> Route | None:
         host=host,
         port=port,
         prefix=prefix,
-        capacity=max(1, report.capacity),
+        capacity=max(1, known.pool.models[instance.alias].capacity or report.capacity),
     )
 
 

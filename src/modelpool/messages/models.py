@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, NewType, TypeVar
 
@@ -49,6 +50,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     min_replicas: Annotated[int, Meta(ge=0, le=1024)] | None = None
     max_replicas: Annotated[int, Meta(ge=1, le=1024)] | None = None
     pinned: Annotated[bool, Meta(description="Stays awake, whoever needs its memory.")] = False
+    preload: Annotated[bool, Meta(description="Is brought up whenever there is room, and gives way.")] = False
+    capacity: Annotated[int, Meta(ge=1, description="Requests an instance takes at once.")] | None = None
+    load_high: Annotated[float, Meta(gt=0, le=10, description="Load above which a replica is added.")] | None = None
+    load_low: Annotated[float, Meta(ge=0, le=10, description="Load below which one goes to sleep.")] | None = None
+    cooldown_s: Annotated[float, Meta(ge=0, description="Seconds between two changes for its load.")] | None = None
     idle_sleep_1_s: Annotated[float, Meta(ge=0, description="Seconds without a request until SLEEP_1.")] | None = None
     idle_sleep_2_s: Annotated[float, Meta(ge=0, description="Until SLEEP_2.")] | None = None
     idle_unload_s: Annotated[float, Meta(ge=0, description="Until UNLOADED.")] | None = None
@@ -101,6 +107,8 @@ def _problem(spec: ModelSpec) -> str | None:
         return "gpu_memory_gb: give this or gpu_memory_utilization, not both"
     if spec.min_replicas is not None and spec.max_replicas is not None and spec.min_replicas > spec.max_replicas:
         return f"min_replicas: {spec.min_replicas} is above max_replicas, {spec.max_replicas}"
+    if spec.load_low is not None and spec.load_high is not None and spec.load_low >= spec.load_high:
+        return f"load_low: {spec.load_low:g} must be below load_high, {spec.load_high:g}"
     if owned := [name for name in spec.engine_args if name.replace("-", "_") in OWNED_ENGINE_ARGS]:
         return f"engine_args.{owned[0]}: set by the pool; it is a field of the model or not for users to choose"
     return None
@@ -112,6 +120,44 @@ _DEFAULTS = dict(zip(reversed(ModelSpec.__struct_fields__), reversed(ModelSpec._
 
 def _is_set(spec: ModelSpec, name: str) -> bool:
     return bool(getattr(spec, name) != _DEFAULTS[name])
+
+
+CHANGEABLE = (
+    "min_replicas",
+    "max_replicas",
+    "pinned",
+    "preload",
+    "capacity",
+    "load_high",
+    "load_low",
+    "cooldown_s",
+    "idle_sleep_1_s",
+    "idle_sleep_2_s",
+    "idle_unload_s",
+)
+"""What only the controller and the gateways heed: it may change while instances run."""
+
+
+def for_engine(spec: ModelSpec) -> ModelSpec:
+    """What instances are started with: those of one spec serve every other one that is the same in this."""
+    return msgspec.structs.replace(spec, **{name: _DEFAULTS[name] for name in CHANGEABLE})
+
+
+def changed(spec: ModelSpec, change: dict[str, Any]) -> ModelSpec:
+    """`spec` with the fields of a JSON merge patch: null brings the default back. Raises InvalidBody."""
+    raw = {**msgspec.to_builtins(spec), **change}
+    try:
+        new = msgspec.convert({name: value for name, value in raw.items() if value is not None}, ModelSpec)
+    except msgspec.ValidationError as error:
+        raise _explain(error, raw, CHANGEABLE) from error
+    if fixed := [name for name in change if name not in CHANGEABLE and getattr(new, name) != getattr(spec, name)]:
+        raise InvalidBody(
+            f"`{fixed[0]}`: an instance keeps what it was started with. Remove the model (`modelpool rm {spec.alias}`) "
+            f"and register it anew; what can be changed: {', '.join(CHANGEABLE)}.",
+            param=fixed[0],
+            code="field_fixed",
+        )
+    return new
 
 
 T = TypeVar("T")
@@ -135,16 +181,17 @@ def decode_body(body: bytes, type_: type[T]) -> T:
     try:
         return msgspec.convert(raw, type_)
     except msgspec.ValidationError as error:
-        raise _explain(error, raw, type_) from error
+        raise _explain(error, raw, getattr(type_, "__struct_fields__", ())) from error
 
 
-def _explain(error: msgspec.ValidationError, raw: Any, type_: type[Any]) -> InvalidBody:
+def _explain(error: msgspec.ValidationError, raw: Any, fields: Sequence[str]) -> InvalidBody:
+    """`fields`: those that the body may have."""
     text = str(error)
     at = _AT_PATH.search(text)
     path = at["path"] if at else ""
     text = text[: at.start()] if at else text
     if unknown := _UNKNOWN.search(text):
-        allowed = list(getattr(type_, "__struct_fields__", ())) if not path else []
+        allowed = list(fields) if not path else []
         nearest = _nearest(unknown["name"], allowed)
         hint = f" Did you mean `{nearest}`?" if nearest else ""
         names = f" Allowed: {', '.join(allowed)}." if allowed else ""

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.errors import Conflict, Draining, InstanceNotFound, InvalidBody
 from modelpool.messages.engine import HostStatus
-from modelpool.messages.models import EngineKind, ModelSpec
+from modelpool.messages.models import EngineKind, ModelSpec, for_engine
 from modelpool.messages.workers import (
     Address,
     Device,
@@ -392,7 +392,7 @@ def _running(instance: Instance, model: ModelSpec) -> InstanceReport:
             code="instance_stopping",
             retry_after=1,
         )
-    if instance.model != model:
+    if for_engine(instance.model) != for_engine(model):
         raise Conflict(
             f"The instance `{instance.name}` runs with another model (`{instance.model.alias}`); stop it first.",
             param="model",
