@@ -60,7 +60,7 @@ async def test_pages_of_allowed_origins_are_told_so_in_every_answer(allowed: str
             assert (asked.status, asked.body) == (200, b"")
             assert told(asked) == {
                 **expected,
-                "access-control-allow-methods": "GET, POST, DELETE",
+                "access-control-allow-methods": "GET, POST, PATCH, DELETE",
                 "access-control-allow-headers": "authorization, content-type",
                 "access-control-max-age": "600",
             }

@@ -53,7 +53,7 @@ class Cors:
             raise Forbidden("Pages of this Origin may not use this gateway (MODELPOOL_CORS_ALLOWED_ORIGINS).")
         asked = request.by_name.get(b"access-control-request-headers", b"")
         headers = [
-            ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
+            ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE"),
             ("Access-Control-Max-Age", str(_MAX_AGE_S)),
         ]
         if _NAMES.fullmatch(asked) and asked:
