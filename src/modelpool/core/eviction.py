@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.placement import GB
+from modelpool.core.placement import HOST, gb
 from modelpool.core.scaling import Step
 
 SOON_S = 300.0
@@ -62,6 +62,18 @@ class NoPlan(msgspec.Struct, frozen=True):
 
     reason: str
     for_now: bool = False
+
+
+def first_plan(options: Sequence[Mapping[int, int]], holders: Sequence[Holder], wanted_by: str) -> Plan | NoPlan:
+    """A plan for the first of these sets of devices that there is one for."""
+    results = [NoPlan("")]
+    for short in options:
+        result = plan(short, holders, wanted_by)
+        if isinstance(result, Plan):
+            return result
+        results.append(result)
+    anywhere = {index: 0 for short in options for index in short}
+    return NoPlan(_who_holds(anywhere, holders), for_now=any(each.for_now for each in results))
 
 
 def plan(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) -> Plan | NoPlan:
@@ -125,8 +137,11 @@ def _covered(short: Mapping[int, int], taken: Mapping[str, tuple[Holder, Way]]) 
 def _who_holds(short: Mapping[int, int], holders: Sequence[Holder]) -> str:
     lines = []
     for each in sorted(holders, key=lambda each: -sum(each.holds.values())):
-        if held := sum(each.holds.get(device, 0) for device in short):
-            lines.append(
-                f"{each.instance} ({each.state}) holds {held / GB:.1f} GB{f', {each.kept}' if each.kept else ''}"
-            )
+        on_devices = sum(each.holds.get(index, 0) for index in short if index != HOST)
+        on_host = each.holds.get(HOST, 0) if HOST in short else 0
+        if on_devices or on_host:
+            held = [gb(on_devices)] if on_devices else []
+            held += [f"{gb(on_host)} of host memory"] if on_host else []
+            kept = f", {each.kept}" if each.kept else ""
+            lines.append(f"{each.instance} ({each.state}) holds {' and '.join(held)}{kept}")
     return "; ".join(lines) or "nothing of this pool holds memory there"

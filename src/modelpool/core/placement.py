@@ -12,6 +12,8 @@ CPU_DEFAULT_BYTES = 2 * GB
 ACCELERATOR_DEFAULT_FRACTION = 0.9
 HOST = -1
 """The index that the machine's own memory has beside those of its accelerators."""
+_NAMED_MAX = 8
+"""So many workers are named in a refusal."""
 _CHOICES_MAX = 100
 """Sets of devices of one worker that are looked at where none fits."""
 
@@ -108,7 +110,8 @@ def place(need: Need, candidates: Sequence[Candidate]) -> Placement | Refusal:
             rank = (candidate.avoid, candidate.replicas_here, not candidate.has_files, -left, candidate.worker_id)
             fitting.append((rank, candidate, left, devices))
     if not fitting:
-        return Refusal("; ".join(refusals) or "no worker is registered")
+        more = [f"and {len(refusals) - _NAMED_MAX} other workers"] if len(refusals) > _NAMED_MAX else []
+        return Refusal("; ".join([*refusals[:_NAMED_MAX], *more]) or "no worker is registered")
     _, chosen, left, devices = min(fitting, key=lambda choice: choice[0])
     files = "; its files are there" if chosen.has_files else ""
     return Placement(
@@ -160,17 +163,32 @@ def _fit(need: Need, candidate: Candidate) -> tuple[tuple[Room, ...], str]:
         alike = " of one kind" if most < len(candidate.devices) - len(lost) else ""
         return (), "; ".join([f"needs {need.devices} devices{alike}, has {most}", *lost])
     chosen = max(groups, key=lambda group: group[-1].free_bytes - need.on(group[-1]))
-    host = () if candidate.host is None else (candidate.host,)
-    lacking = [_lack(need, room) for room in (chosen[-1], *host) if need.on(room) > room.free_bytes]
+    lacking = []
+    if need.on(chosen[-1]) > chosen[-1].free_bytes:
+        lacking.append(_lack(need, count, [device for group in _kin(candidate) for device in group]))
+    if candidate.host is not None and need.host_bytes > candidate.host.free_bytes:
+        lacking.append(f"needs {gb(need.host_bytes)} of host memory, {_state(candidate.host)}")
     if lacking:
         return (), "; ".join([*lacking, *lost])
     return tuple(sorted(chosen, key=lambda device: device.index)), ""
 
 
-def _lack(need: Need, room: Room) -> str:
-    where = "of host memory" if room.index == HOST else f"on device {room.index}"
-    others = f" ({', '.join(map(str, room.others))})" if room.others else ""
-    return f"needs {gb(need.on(room))} {where}, {gb(max(0, room.free_bytes))} free of {gb(room.total_bytes)}{others}"
+def _lack(need: Need, count: int, devices: Sequence[Room]) -> str:
+    """What is needed, and how things stand on each device."""
+    if len(devices) == 1:
+        return f"needs {gb(need.on(devices[0]))} on device {devices[0].index}, {_state(devices[0])}"
+    standing = "; ".join(f"device {device.index}: {_state(device)}" for device in sorted(devices, key=_by_index))
+    where = "one device" if count == 1 else f"each of {count} devices"
+    return f"needs {gb(max(map(need.on, devices)))} on {where} ({standing})"
+
+
+def _state(room: Room) -> str:
+    others = "".join(f", {each}" for each in room.others)
+    return f"{gb(max(0, room.free_bytes))} free of {gb(room.total_bytes)}{others}"
+
+
+def _by_index(room: Room) -> int:
+    return room.index
 
 
 def gb(value: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 from msgspec.structs import replace
 
-from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, plan
+from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, first_plan
 from modelpool.core.learned import HELD, HELD_ON_HOST, SLEEP, WAKE, What, expected, slow, typical
 from modelpool.core.ledger import Ledger, accelerated, ledger, on_device, on_host
 from modelpool.core.lifecycle import InstanceState, sleep_level
@@ -484,23 +484,22 @@ def _make_room(
     moving = False
     for worker_id, options in lacking.items():
         here = round_.on(pool, worker_id)
-        result: Plan | NoPlan | None = None
+        rests = []
         for short in options:
             coming = {index: sum(_returning(each, index) for each in here) for index in short}
-            rest = {index: bytes_ - coming[index] for index, bytes_ in short.items() if bytes_ > coming[index]}
-            if not rest:
+            rests.append({index: bytes_ - coming[index] for index, bytes_ in short.items() if bytes_ > coming[index]})
+            if not rests[-1]:
                 _keep_room(pool, worker_id, model, round_)
                 return pool, Shortage(f"waits for memory that is being given back on {worker_id}", passing=True)
-            books = ledger(pool.workers[worker_id], here)
-            holders = [_holder(pool, each, books, model, round_) for each in here if not _leaving(each)]
-            tried = plan(rest, holders, model.alias)
-            result = tried if isinstance(tried, Plan) else result or tried
-            if isinstance(tried, Plan):
-                break
+        if not rests:
+            continue
+        books = ledger(pool.workers[worker_id], here)
+        holders = [_holder(pool, each, books, model, round_) for each in here if not _leaving(each)]
+        result = first_plan(rests, holders, model.alias)
         if isinstance(result, NoPlan):
             refusals.append((worker_id, result))
             moving = moving or result.for_now or any(_is_moving(each) for each in here)
-        elif result is not None:
+        else:
             plans.append((result.cost, worker_id, result))
     if not plans:
         reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals)]
