@@ -21,7 +21,7 @@ LOST = {"gb": 80, "lost": "GPU is lost"}
 SOUND = {"gb": 80}
 HASTY = {
     "MODEL_MIN_RESIDENCE": "0.5",
-    "MODEL_TURN_MAX": "2",
+    "MODEL_TURN_MAX": "1",
     "MODEL_SWAPS_PER_MINUTE": "1000",
     "MODELPOOL_BACKOFF_INITIAL": "0.2",
     "MODELPOOL_BACKOFF_MAX": "2",
@@ -144,13 +144,13 @@ def sampled(gpus: Gpus) -> Iterator[list[list[float]]]:
 def test_many_models_take_turns_and_nobody_ever_takes_more_than_there_is(gpus: Gpus) -> None:
     """An order that takes what is not there fails its instance, as on a real device."""
     gpus.are(TRAINING, SOUND, host_gb=24)
-    aliases = [f"m{number}" for number in range(6)]
+    aliases = [f"m{number}" for number in range(4)]
     for number, alias in enumerate(aliases):
         size = {"gpu_memory_gb": 40 + 5 * (number % 3), "fake_weights_mb": 8000, "fake_context_mb": 800}
         gpus.pool.register(alias, fake=True, **size)
     order = random.Random(7)
-    with sampled(gpus) as samples, ThreadPoolExecutor(6) as clients:
-        answers = list(clients.map(lambda alias: ask(gpus.pool, alias), order.choices(aliases, k=60)))
+    with sampled(gpus) as samples, ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda alias: ask(gpus.pool, alias), order.choices(aliases, k=16)))
     assert "\n".join(said for status, said in answers if status != 200) == ""
     instances = [each for alias in aliases for each in gpus.pool.model(alias)["instances"]]
     assert [each["failures"] for each in instances] == [0] * len(instances)
