@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from modelpool.core.limits import RUNNING_RETRY_S, TOKEN_STEP_S, WINDOW_S, Limit, Limits, Row, Verdict, Window
+from modelpool.core.limits import RUNNING_RETRY_S, STEP_S, WINDOW_S, Limit, Limits, Row, Verdict, Window
 
 SLOTS = 4
 ERA = 7
@@ -26,9 +26,9 @@ class Key:
         for slot in range(SLOTS):
             self.begin(slot)
 
-    def begin(self, slot: int) -> None:
+    def begin(self, slot: int, now: float = 0.0) -> None:
         self.generations[slot] += 1
-        self.row.enter(slot, self.generations[slot])
+        self.row.enter(now, slot, self.generations[slot])
 
     def die(self, slot: int) -> None:
         self.generations[slot] += 1
@@ -48,13 +48,21 @@ class Model:
     admitted: list[float] = field(default_factory=list)
     used: list[tuple[float, int]] = field(default_factory=list)
     running: list[Running] = field(default_factory=list)
+    dead: list[Running] = field(default_factory=list)
 
-    def requests(self, now: float) -> int:
-        return sum(each > now - WINDOW_S for each in self.admitted)
+    def requests(self, now: float, longer: float = 0.0) -> int:
+        return sum(each > now - WINDOW_S - longer for each in self.admitted)
 
     def tokens(self, now: float, longer: float = 0.0) -> int:
         used = sum(tokens for at, tokens in self.used if at > now - WINDOW_S - longer)
         return used + sum(each.reserved for each in self.running)
+
+    def settle(self, now: float) -> bool:
+        """What the dead had reserved counts as used from now on. Whether there was something."""
+        orphaned = [(now, each.reserved) for each in self.dead if each.reserved]
+        self.used += orphaned
+        self.dead.clear()
+        return bool(orphaned)
 
 
 class LimitsMachine(RuleBasedStateMachine):
@@ -82,12 +90,13 @@ class LimitsMachine(RuleBasedStateMachine):
     def request(self, slot: int, tokens: int) -> Running | None:
         if slot in self.dead:
             self.dead.discard(slot)
-            self.key.begin(slot)
+            self.key.begin(slot, self.now)
+        settles = self.model.settle(self.now)
         before = bytes(self.key.cells)
         verdict = self.key.admit(self.now, slot, tokens)
         if verdict.refused is None:
             return self._admitted(slot, tokens, verdict)
-        assert bytes(self.key.cells) == before
+        assert settles or bytes(self.key.cells) == before
         self._refused(tokens, verdict)
         if verdict.retry_after is not None and verdict.refused is not Limit.CONCURRENCY and not self.model.running:
             self.now += verdict.retry_after + A_BIT
@@ -102,11 +111,13 @@ class LimitsMachine(RuleBasedStateMachine):
         assert limits.tokens is None or model.tokens(now) + tokens <= limits.tokens
         running = self._counted(slot, tokens)
         if limits.requests is not None:
-            assert verdict.requests == Window(limits.requests - model.requests(now), WINDOW_S)
+            assert verdict.requests is not None
+            counted = limits.requests - verdict.requests.remaining
+            assert model.requests(now) <= counted <= model.requests(now, STEP_S + A_BIT)
         if limits.tokens is not None:
             assert verdict.tokens is not None
             remaining = limits.tokens - verdict.tokens.remaining
-            assert model.tokens(now) <= remaining <= model.tokens(now, TOKEN_STEP_S + A_BIT)
+            assert model.tokens(now) <= remaining <= model.tokens(now, STEP_S + A_BIT)
         return running
 
     def _counted(self, slot: int, tokens: int) -> Running:
@@ -119,9 +130,8 @@ class LimitsMachine(RuleBasedStateMachine):
         limits, model, now = self.limits, self.model, self.now
         full = {
             Limit.CONCURRENCY: limits.concurrency is not None and len(model.running) >= limits.concurrency,
-            Limit.REQUESTS: limits.requests is not None and model.requests(now) >= limits.requests,
-            Limit.TOKENS: limits.tokens is not None
-            and model.tokens(now, TOKEN_STEP_S + A_BIT) + tokens > limits.tokens,
+            Limit.REQUESTS: limits.requests is not None and model.requests(now, STEP_S + A_BIT) >= limits.requests,
+            Limit.TOKENS: limits.tokens is not None and model.tokens(now, STEP_S + A_BIT) + tokens > limits.tokens,
         }
         assert verdict.refused is not None
         assert full[verdict.refused]
@@ -143,6 +153,7 @@ class LimitsMachine(RuleBasedStateMachine):
     def die(self, slot: int) -> None:
         self.key.die(slot)
         self.dead.add(slot)
+        self.model.dead += [each for each in self.model.running if each.slot == slot]
         self.model.running = [each for each in self.model.running if each.slot != slot]
 
     @invariant()
@@ -152,7 +163,7 @@ class LimitsMachine(RuleBasedStateMachine):
         copy = Key(self.limits)
         copy.cells[:] = self.key.cells
         copy.generations[:] = self.key.generations
-        held = copy.row._held(copy.generations, SLOTS)
+        held = copy.row._held(self.now, copy.generations, SLOTS)
         assert held == (len(self.model.running), sum(each.reserved for each in self.model.running))
 
 
@@ -219,3 +230,35 @@ def test_a_row_of_another_clock_is_wiped() -> None:
     assert key.admit(10_000.0).refused is Limit.REQUESTS
     Row(key.cells, limits, slots=SLOTS, era=ERA + 1)
     assert key.admit(5.0).refused is None
+
+
+def test_what_a_dead_process_had_reserved_counts_as_used_from_when_it_is_noticed() -> None:
+    key = Key(Limits(tokens=10, concurrency=2))
+    assert key.admit(0.0, slot=1, tokens=6).refused is None
+    key.die(1)
+    refused = key.admit(20.0, tokens=5)
+    assert (refused.refused, refused.retry_after) == (Limit.TOKENS, WINDOW_S)
+    assert key.admit(20.0, tokens=4).refused is None
+    key.row.leave(20.0, 0, 4, 0)
+    assert key.admit(20.0 + WINDOW_S, tokens=10).refused is None
+
+
+def test_a_process_that_takes_the_place_of_a_dead_one_begins_with_nothing_running() -> None:
+    key = Key(Limits(tokens=10, concurrency=1))
+    assert key.admit(0.0, slot=1, tokens=6).refused is None
+    key.begin(1, now=5.0)
+    verdict = key.admit(5.0, slot=1, tokens=4)
+    assert verdict.refused is None
+    assert verdict.tokens == Window(0, WINDOW_S)
+
+
+def test_a_high_limit_takes_no_more_memory_than_a_low_one_and_holds() -> None:
+    high = Limits(requests=10**12, tokens=10**12)
+    assert Row.size(high, SLOTS) == Row.size(Limits(requests=1, tokens=1), SLOTS) < 25_000
+    key = Key(high)
+    assert key.admit(0.0).refused is None
+    key.row.leave(0.0, 0, 0, 10**12 - 3)
+    verdict = key.admit(1.0, tokens=3)
+    assert verdict.refused is None
+    assert verdict.requests == Window(10**12 - 2, WINDOW_S)
+    assert key.admit(1.0, tokens=1).refused is Limit.TOKENS

@@ -1,13 +1,11 @@
 """What an API key may use: requests and tokens in any 60 seconds, and requests at once.
 
-The state of a key is a row of cells that several processes see; who calls holds the row's lock, for `admit` and `leave`
-alike. Two sliding windows are kept as rings of times in order, so that each question costs O(log n) at most:
-
-- the time of each admitted request, in a ring as long as the limit: the oldest time in it must be out of the window.
-- used tokens, summed over tenths of a second: an entry holds the sum of all that was used before it.
+The state of a key is a row of cells that several processes see, no more of them for a higher limit; who calls holds
+the row's lock, for `admit` and `leave` alike. What was used in the window is kept in a ring, summed over tenths of a
+second, so that each question costs O(log n) at most.
 
 What runs, and the tokens reserved for it, each process keeps in cells of its slot, marked with its generation. When it
-dies its slot gets another generation, and those cells count no more.
+dies its slot gets another generation: those cells count no more, and what was reserved in them counts as used.
 """
 
 from __future__ import annotations
@@ -18,15 +16,18 @@ from enum import StrEnum
 import msgspec
 
 WINDOW_S = 60.0
-TOKEN_STEP_S = 0.1
-"""Tokens count for up to this much longer than the window, never shorter."""
+STEP_S = 0.1
+"""Requests and tokens count for up to this much longer than the window, never shorter."""
 RUNNING_RETRY_S = 1.0
 """When one of those that run will have ended nobody can say."""
 
-_TOKEN_ENTRIES = 1024  # more than there are steps in a window
+_STEPS = 640  # more than there are in a window
 _WORD = 8
-_ERA, _ADMITTED, _TOKENS, _ENTRIES, _SLOTS = range(5)
+_ERA, _SLOTS = range(2)
 _GENERATION, _RUNNING, _RESERVED, _SLOT = range(4)
+_TOTAL, _ENTRIES, _TIMES = range(3)
+_SUMS = _TIMES + _STEPS
+_RING = _SUMS + _STEPS
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,10 +63,52 @@ class Verdict(msgspec.Struct, frozen=True):
     tokens: Window | None
 
 
+class _Ring:
+    """What was used of a limit, and when. An entry is a step: its latest time, and the sum of all that came before."""
+
+    __slots__ = ("_cells", "_sums", "_times", "limit")
+
+    def __init__(self, cells: memoryview, limit: int) -> None:
+        self._cells = cells.cast("q")
+        self._times = cells[_WORD * _TIMES : _WORD * _SUMS].cast("d")
+        self._sums = cells[_WORD * _SUMS : _WORD * _RING].cast("q")
+        self.limit = limit
+
+    def used(self, since: float) -> int:
+        """After `since`."""
+        cells = self._cells
+        entries = cells[_ENTRIES]
+        first = _first_after(self._times, entries, since)
+        return 0 if first == entries else cells[_TOTAL] - self._sums[first % _STEPS]
+
+    def use(self, now: float, amount: int) -> None:
+        cells, times = self._cells, self._times
+        entries = cells[_ENTRIES]
+        last = (entries - 1) % _STEPS
+        if not entries or now // STEP_S != times[last] // STEP_S:
+            last = entries % _STEPS
+            self._sums[last] = cells[_TOTAL]
+            cells[_ENTRIES] = entries + 1
+        times[last] = now
+        cells[_TOTAL] += amount
+
+    def reset(self, now: float) -> float:
+        """Seconds until the latest entry is out of the window."""
+        entries = self._cells[_ENTRIES]
+        return max(0.0, self._times[(entries - 1) % _STEPS] + WINDOW_S - now) if entries else 0.0
+
+    def wait(self, now: float, room: int) -> float:
+        """Seconds until no more than `room` was used within the window, which is less than now."""
+        cells = self._cells
+        # The entries before the first one whose sum is large enough must be out of the window.
+        first = _first_at_least(self._sums, cells[_ENTRIES], cells[_TOTAL] - room)
+        return self._times[(first - 1) % _STEPS] + WINDOW_S - now
+
+
 class Row:
     """One key's cells, `size` bytes. `era` names the clock of `now`: what another one left is wiped."""
 
-    __slots__ = ("_cells", "_limits", "_times", "_token_sums", "_token_times")
+    __slots__ = ("_cells", "_limits", "_requests", "_tokens")
 
     def __init__(self, cells: memoryview, limits: Limits, *, slots: int, era: int) -> None:
         self._limits = limits
@@ -74,21 +117,20 @@ class Row:
             cells[:] = bytes(len(cells))
             self._cells[_ERA] = era
         at = _WORD * (_SLOTS + _SLOT * slots)
-        end = at + _WORD * (limits.requests or 0)
-        self._times = cells[at:end].cast("d")
-        entries = _WORD * (0 if limits.tokens is None else _TOKEN_ENTRIES)
-        self._token_times = cells[end : end + entries].cast("d")
-        self._token_sums = cells[end + entries : end + 2 * entries].cast("q")
+        end = at + _WORD * _RING
+        self._requests = None if limits.requests is None else _Ring(cells[at:end], limits.requests)
+        self._tokens = None if limits.tokens is None else _Ring(cells[-_WORD * _RING :], limits.tokens)
 
     @staticmethod
     def size(limits: Limits, slots: int) -> int:
-        rings = (limits.requests or 0) + (0 if limits.tokens is None else 2 * _TOKEN_ENTRIES)
-        return _WORD * (_SLOTS + _SLOT * slots + rings)
+        rings = (limits.requests is not None) + (limits.tokens is not None)
+        return _WORD * (_SLOTS + _SLOT * slots + rings * _RING)
 
-    def enter(self, slot: int, generation: int) -> None:
+    def enter(self, now: float, slot: int, generation: int) -> None:
         """A process begins to use the row, with nothing running."""
         at = _SLOTS + _SLOT * slot
-        self._cells[at + _RUNNING] = self._cells[at + _RESERVED] = 0
+        self._settle(now, at)
+        self._cells[at + _RUNNING] = 0
         self._cells[at + _GENERATION] = generation
 
     def admit(self, now: float, slot: int, generations: memoryview[int], slots: int, tokens: int) -> Verdict:
@@ -96,29 +138,27 @@ class Row:
 
         `generations`: those of the slots, of which the first `slots` may be in use.
         """
-        limits, cells = self._limits, self._cells
-        running, reserved = self._held(generations, slots)
+        limits = self._limits
+        running, reserved = self._held(now, generations, slots)
         since = now - WINDOW_S
         free_requests = free_tokens = 0
         full = limits.concurrency is not None and running >= limits.concurrency
-        if limits.requests is not None:
-            admitted = cells[_ADMITTED]
-            free_requests = limits.requests - admitted + _first_after(self._times, admitted, since)
+        if (requests_used := self._requests) is not None:
+            free_requests = requests_used.limit - requests_used.used(since)
             full = full or free_requests < 1
-        if limits.tokens is not None:
-            free_tokens = limits.tokens - reserved - self._used(since)
+        if (tokens_used := self._tokens) is not None:
+            free_tokens = tokens_used.limit - reserved - tokens_used.used(since)
             full = full or free_tokens < tokens
         if full:
             return self._refuse(now, running, reserved, tokens, free_requests, free_tokens)
         at = _SLOTS + _SLOT * slot
-        cells[at + _RUNNING] += 1
+        self._cells[at + _RUNNING] += 1
         requests_window = tokens_window = None
-        if limits.requests is not None:
-            self._times[admitted % limits.requests] = now
-            cells[_ADMITTED] = admitted + 1
+        if requests_used is not None:
+            requests_used.use(now, 1)
             requests_window = Window(free_requests - 1, WINDOW_S)
-        if limits.tokens is not None:
-            cells[at + _RESERVED] += tokens
+        if tokens_used is not None:
+            self._cells[at + _RESERVED] += tokens
             tokens_window = Window(free_tokens - tokens, WINDOW_S)
         return Verdict(None, None, requests_window, tokens_window)
 
@@ -127,12 +167,12 @@ class Row:
         cells = self._cells
         at = _SLOTS + _SLOT * slot
         cells[at + _RUNNING] -= 1
-        if self._limits.tokens is not None:
+        if self._tokens is not None:
             cells[at + _RESERVED] -= reserved
             if used:
-                self._use(now, used)
+                self._tokens.use(now, used)
 
-    def _held(self, generations: memoryview[int], slots: int) -> tuple[int, int]:
+    def _held(self, now: float, generations: memoryview[int], slots: int) -> tuple[int, int]:
         """What runs, and what is reserved for it, in all processes that live."""
         cells = self._cells
         running = reserved = 0
@@ -141,62 +181,39 @@ class Row:
             if cells[at] == generations[slot]:
                 running += cells[at + _RUNNING]
                 reserved += cells[at + _RESERVED]
+            elif cells[at + _RESERVED]:
+                self._settle(now, at)
             at += _SLOT
         return running, reserved
 
-    def _used(self, since: float) -> int:
-        """Tokens used after `since`."""
-        cells = self._cells
-        entries = cells[_ENTRIES]
-        first = _first_after(self._token_times, entries, since)
-        return 0 if first == entries else cells[_TOKENS] - self._token_sums[first % _TOKEN_ENTRIES]
+    def _settle(self, now: float, at: int) -> None:
+        """Of a slot whose process died: how much its requests used of what was reserved, nobody knows any more."""
+        if self._tokens is not None and self._cells[at + _RESERVED]:
+            self._tokens.use(now, self._cells[at + _RESERVED])
+        self._cells[at + _RESERVED] = 0
 
     def _refuse(
         self, now: float, running: int, reserved: int, tokens: int, free_requests: int, free_tokens: int
     ) -> Verdict:
         """Named is the limit that has no room for the longest."""
-        limits, cells = self._limits, self._cells
+        limits = self._limits
         waits: list[tuple[float, Limit]] = []
         requests_window = tokens_window = None
         if limits.concurrency is not None and running >= limits.concurrency:
             waits.append((RUNNING_RETRY_S, Limit.CONCURRENCY))
-        if limits.requests is not None:
-            requests_window = Window(free_requests, self._reset(self._times, cells[_ADMITTED], now))
+        if (ring := self._requests) is not None:
+            requests_window = Window(free_requests, ring.reset(now))
             if free_requests < 1:
-                waits.append((self._times[cells[_ADMITTED] % limits.requests] + WINDOW_S - now, Limit.REQUESTS))
-        if limits.tokens is not None:
-            reset = WINDOW_S if reserved else self._reset(self._token_times, cells[_ENTRIES], now)
-            tokens_window = Window(free_tokens, reset)
+                waits.append((ring.wait(now, ring.limit - 1), Limit.REQUESTS))
+        if (ring := self._tokens) is not None:
+            tokens_window = Window(free_tokens, WINDOW_S if reserved else ring.reset(now))
+            if tokens > ring.limit:
+                return Verdict(Limit.TOKENS, None, requests_window, tokens_window)
             if free_tokens < tokens:
-                waits.append((self._token_wait(now, limits.tokens - reserved - tokens), Limit.TOKENS))
-                if tokens > limits.tokens:
-                    return Verdict(Limit.TOKENS, None, requests_window, tokens_window)
+                room = ring.limit - reserved - tokens
+                waits.append((RUNNING_RETRY_S if room < 0 else ring.wait(now, room), Limit.TOKENS))
         wait, limit = max(waits)
         return Verdict(limit, wait, requests_window, tokens_window)
-
-    def _reset(self, times: memoryview[float], count: int, now: float) -> float:
-        """Seconds until the latest entry of a ring is out of the window."""
-        return max(0.0, times[(count - 1) % len(times)] + WINDOW_S - now) if count else 0.0
-
-    def _token_wait(self, now: float, room: int) -> float:
-        """Seconds until no more than `room` tokens were used within the window."""
-        if room < 0:
-            return RUNNING_RETRY_S
-        entries = self._cells[_ENTRIES]
-        # The entries before the first one whose sum is large enough must be out of the window.
-        first = _first_at_least(self._token_sums, entries, self._cells[_TOKENS] - room)
-        return self._token_times[(first - 1) % _TOKEN_ENTRIES] + WINDOW_S - now
-
-    def _use(self, now: float, used: int) -> None:
-        cells, times = self._cells, self._token_times
-        entries = cells[_ENTRIES]
-        last = (entries - 1) % _TOKEN_ENTRIES
-        if not entries or now // TOKEN_STEP_S != times[last] // TOKEN_STEP_S:
-            last = entries % _TOKEN_ENTRIES
-            self._token_sums[last] = cells[_TOKENS]
-            cells[_ENTRIES] = entries + 1
-        times[last] = now
-        cells[_TOKENS] += used
 
 
 def _first_after(times: memoryview[float], count: int, cutoff: float) -> int:

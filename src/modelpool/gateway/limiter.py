@@ -1,7 +1,7 @@
 """Holds each key's limits over all gateway processes of this node: `core.limits` on memory that they share.
 
 Each limited key has a file of its own among the node's. It outlives the processes, so a restart gives nobody a new
-minute. A process that dies gives back what it had running; the tokens that it had reserved are not counted as used.
+minute. A process that dies gives back what it had running; the tokens that it had reserved for that count as used.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Limiter:
             raise InternalError(f"The limits of this key cannot be kept: {error.strerror}.") from error
         with lock:
             row = Row(cells, limits, slots=SLOTS, era=self._era)
-            row.enter(self.slot, self.generations[self.slot])
+            row.enter(self.clock(), self.slot, self.generations[self.slot])
         key = self._keys[id] = _Key(limits, row, lock)
         return key
 

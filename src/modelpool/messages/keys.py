@@ -16,8 +16,7 @@ ID_PREFIX = "key-"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._@+-]*[A-Za-z0-9])?")
 
 AliasText = Annotated[str, Meta(min_length=1, max_length=128)]
-PerMinute = Annotated[int, Meta(ge=1, le=10**6)]
-TokensPerMinute = Annotated[int, Meta(ge=1, le=10**12)]
+PerMinute = Annotated[int, Meta(ge=1, le=10**12)]
 Concurrency = Annotated[int, Meta(ge=1, le=10**6)]
 Priority = Annotated[int, Meta(ge=-1000, le=1000)]
 
@@ -28,7 +27,7 @@ class KeySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     name: Annotated[str, Meta(min_length=1, max_length=128, description="Whose it is. No other live key has it.")]
     models: Annotated[tuple[AliasText, ...], Meta(max_length=1000, description="Aliases; empty: all.")] = ()
     requests_per_minute: PerMinute | None = None
-    tokens_per_minute: TokensPerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
     max_concurrency: Concurrency | None = None
     priority: Priority = 0
 
