@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import openai
@@ -112,14 +113,24 @@ async def test_when_its_instance_is_gone_a_response_is_not_found_and_the_answer_
         assert sorted(statuses) == [200, 200, 404, 404]
 
 
-@pytest.mark.parametrize("response_id", ["resp_0", "../../v1/models", "a b\r\nX: y", "ü" * 200])
 @on_uvloop
-async def test_an_id_that_nobody_knows_is_not_found(response_id: str) -> None:
+async def test_an_id_that_nobody_knows_is_not_found() -> None:
     async with fakes(2) as endpoints, gateway(entry("m", endpoints)) as world:
-        answer = await world.ask(create(previous_response_id=response_id))
+        answer = await world.ask(create(previous_response_id="x" * 256))
         assert (answer.status, answer.code) == (404, "response_not_found")
         assert "not stored, or the one that made it is gone" in answer.message
         assert len(answer.message) < 300
+
+
+@pytest.mark.parametrize("response_id", ["", "../../v1/models", "a b\r\nX: y", "ü", "x" * 257])
+@on_uvloop
+async def test_what_cannot_be_an_id_is_not_asked_of_any_engine(response_id: str) -> None:
+    async with gateway(entry("m", [await nobody()])) as world:
+        answer = await world.ask(create(previous_response_id=response_id))
+        assert (answer.status, answer.json["error"]["param"]) == (400, "previous_response_id")
+        assert len(answer.message) < 300
+        in_path = await world.ask(request("GET", f"/v1/responses/{quote(response_id, safe='')}"))
+        assert (in_path.status, in_path.code) == (404, "route_not_found")
 
 
 @on_uvloop

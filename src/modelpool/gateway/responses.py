@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from typing import Annotated
 from urllib.parse import quote
 
 import msgspec
@@ -18,7 +19,7 @@ from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.inference import Inference
 from modelpool.gateway.instances import Instance
 from modelpool.gateway.request import Request
-from modelpool.gateway.routes import Kind, Route
+from modelpool.gateway.routes import RESPONSE_ID, Kind, Route
 from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.relay import encode_request, fetch
@@ -30,7 +31,7 @@ RETRY_S = 1.0
 
 class _Asked(msgspec.Struct, frozen=True):
     model: str = ""
-    previous_response_id: str | None = None
+    previous_response_id: Annotated[str, msgspec.Meta(pattern=rf"^{RESPONSE_ID.decode()}\Z")] | None = None
     store: bool | None = None
 
 
@@ -100,7 +101,7 @@ def _asked(body: bytes) -> _Asked:
     except msgspec.ValidationError as error:
         for name in ("previous_response_id", "store"):
             if f"$.{name}" in str(error):
-                raise InvalidRequest(f"`{name}` is of the wrong type: {error}.", param=name) from error
+                raise InvalidRequest(f"`{name}` cannot be this: {error}.", param=name) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     return _Asked()  # what is wrong with `model`, or with all of it, is said where models are looked for

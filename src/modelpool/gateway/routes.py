@@ -82,7 +82,8 @@ _WEBSOCKETS = {
     for path in WEBSOCKET_PATHS
     for name in (path.encode(), path.encode().removeprefix(b"/v1"))
 }
-_STORED_RESPONSE = re.compile(rb"(?:/v1)?(/responses/[A-Za-z0-9_-]+(/cancel)?)")
+RESPONSE_ID = rb"[A-Za-z0-9_-]{1,256}"
+_STORED_RESPONSE = re.compile(rb"(?:/v1)?(/responses/%b(/cancel)?)" % RESPONSE_ID)
 _EXPLAIN = b"/admin/explain/"
 PREFLIGHT = Route(Kind.PREFLIGHT, Scope.OPEN, b"")
 _REGISTER = Route(Kind.CONTROL, Scope.ADMIN, b"/admin/models/register")

@@ -8,12 +8,14 @@ from collections import OrderedDict
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
+from modelpool.gateway.routes import RESPONSE_ID
 from modelpool.messages.routing import Route
 from modelpool.relay import ResponseHead
 
 _LOOKED_AT_MAX = 8 << 10
 # The first id in an answer is the response's own, whether it stands alone or in the event `response.created`.
-_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
+_ID = re.compile(rb'"id"\s*:\s*"([^"\\]*)"')
+_WELL_FORMED = re.compile(RESPONSE_ID)
 
 
 class StoredResponses:
@@ -69,7 +71,8 @@ class LearningPassThrough(PassThrough):
     def _look(self, data: bytes) -> None:
         self._seen = (self._seen or b"") + data
         if match := _ID.search(self._seen):
-            self._stored.keep(match[1].decode("utf-8", "replace"), self._route)
+            if _WELL_FORMED.fullmatch(match[1]):
+                self._stored.keep(match[1].decode(), self._route)
             self._seen = None
         elif len(self._seen) > _LOOKED_AT_MAX:
             self._seen = None
