@@ -51,6 +51,29 @@ def body_schema(type_: type[Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+def share_schemas(document: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI document in which what bodies define for themselves stands where all may refer to it."""
+    shared = document.setdefault("components", {}).setdefault("schemas", {})
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            content = operation.get("requestBody", {}).get("content", {})
+            for kind, body in content.items():
+                shared.update(_with_shared_references(body["schema"].get("$defs", {})))
+                schema = {name: value for name, value in body["schema"].items() if name != "$defs"}
+                content[kind] = {"schema": _with_shared_references(schema)}
+    return document
+
+
+def _with_shared_references(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {name: _with_shared_references(value) for name, value in schema.items()}
+    if isinstance(schema, list):
+        return [_with_shared_references(each) for each in schema]
+    if isinstance(schema, str):
+        return schema.replace("#/$defs/", "#/components/schemas/")
+    return schema
+
+
 def render_errors(app: FastAPI) -> None:
     """Every error that leaves `app` has our envelope."""
 

@@ -17,6 +17,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from tests.contract.test_openapi import lead_somewhere
 from tests.contract.worker_process import WorkerProcess, complete, eventually, running_worker
 
 PORTS = (29800, 29899)
@@ -65,6 +66,12 @@ def test_it_describes_itself(worker: WorkerProcess) -> None:
     assert info["engines"]["fake"]["state"] == "ready"
     assert info["engines"]["vllm"]["state"] == "missing"
     assert "pip install" in info["engines"]["vllm"]["reason"]
+
+
+def test_its_openapi_document_is_whole(worker: WorkerProcess) -> None:
+    document = worker.http.get("/openapi.json").json()
+    assert {"/instances/start", "/instances/{instance}/sleep", "/info"} <= set(document["paths"])
+    assert "#/components/schemas/ModelSpec" in lead_somewhere(document)
 
 
 def test_every_refusal_has_our_envelope(worker: WorkerProcess) -> None:

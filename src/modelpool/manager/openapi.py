@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from modelpool import __version__
-from modelpool.control_http import body_schema
+from modelpool.control_http import body_schema, share_schemas
 from modelpool.messages.models import CHANGEABLE, ModelSpec
 from modelpool.relay.inference import FORM_PATHS, JSON_PATHS
 
@@ -69,17 +69,13 @@ def document(app: FastAPI) -> Json:
     paths["/admin/explain/{id}"] = {"get": _operation("What was decided for a recent request", ["id"])}
     paths["/metrics"] = {"get": _operation("Prometheus metrics")}
     paths["/"] = {"get": _operation("What this is")}
-    schemas = {"Error": _ERROR}
     for operations in paths.values():
         for operation in operations.values():
             operation["responses"] = _RESPONSES
-            _share_schemas(operation, schemas)
     schemes = {"key": {"type": "http", "scheme": "bearer"}}
-    return {
-        **document,
-        "components": {"schemas": schemas, "securitySchemes": schemes},
-        "security": [{"key": []}, {}],
-    }
+    document["components"] = {"schemas": {"Error": _ERROR}, "securitySchemes": schemes}
+    document["security"] = [{"key": []}, {}]
+    return share_schemas(document)
 
 
 def change_schema() -> Json:
@@ -88,26 +84,6 @@ def change_schema() -> Json:
     fields = {name: {"anyOf": [spec["properties"][name], {"type": "null"}]} for name in CHANGEABLE}
     schema = {"type": "object", "properties": fields, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _share_schemas(operation: Json, schemas: Json) -> None:
-    """What a body's schema defines for itself is put among those that all may refer to."""
-    content: dict[str, Json] = operation.get("requestBody", {}).get("content", {})
-    for kind, body in content.items():
-        schema = {name: value for name, value in body["schema"].items() if name != "$defs"}
-        for name, definition in body["schema"].get("$defs", {}).items():
-            schemas[name] = _with_shared_references(definition)
-        content[kind] = {"schema": _with_shared_references(schema)}
-
-
-def _with_shared_references(schema: Any) -> Any:
-    if isinstance(schema, dict):
-        return {name: _with_shared_references(value) for name, value in schema.items()}
-    if isinstance(schema, list):
-        return [_with_shared_references(each) for each in schema]
-    if isinstance(schema, str):
-        return schema.replace("#/$defs/", "#/components/schemas/")
-    return schema
 
 
 def _operation(summary: str, names: Iterable[str] = (), *, body: tuple[str, Json] | None = None) -> Json:

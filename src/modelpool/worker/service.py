@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from modelpool import __version__
-from modelpool.control_http import TokenGuard, answer, body_schema, render_errors
+from modelpool.control_http import TokenGuard, answer, body_schema, render_errors, share_schemas
 from modelpool.errors import BodyTooLarge
 from modelpool.messages.models import decode_body
 from modelpool.messages.workers import SleepOrder, StartOrder, WorkerDescription
@@ -33,7 +34,7 @@ def worker_app(
     ending: asyncio.Event,
 ) -> ASGIApp:
     """The whole service. Open streams end once `ending` is set."""
-    app = FastAPI(title="Model Pool worker", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     render_errors(app)
     _add_worker_routes(app, describe, ending)
     _add_orders(app, supervisor)
@@ -52,6 +53,10 @@ def _add_worker_routes(
     @app.get("/info")
     async def info() -> Response:
         return answer(await describe())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return answer(share_schemas(get_openapi(title="Model Pool worker", version=__version__, routes=app.routes)))
 
     @app.get("/watch")
     async def watch() -> Response:
