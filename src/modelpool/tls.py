@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import ssl
 from pathlib import Path
 
 from modelpool.process import StartupError
+
+log = logging.getLogger(__name__)
 
 _HINT = "MODELPOOL_TLS_CERT_FILE and MODELPOOL_TLS_KEY_FILE name a certificate (with its chain) and its key, as PEM."
 
@@ -26,6 +30,36 @@ def server_context(cert_file: str, key_file: str) -> ssl.SSLContext | None:
     except ssl.SSLError as error:
         raise StartupError(f"{_at_fault(cert, key, error)} ({error.reason or error}).", _HINT) from error
     return context
+
+
+async def keep_current(context: ssl.SSLContext, cert_file: str, key_file: str, *, every_s: float = 5.0) -> None:
+    """Have new connections see the files as they are by then, until cancelled. What cannot be used changes nothing."""
+    seen = _versions(cert_file, key_file)
+    while True:
+        await asyncio.sleep(every_s)
+        if (versions := _versions(cert_file, key_file)) == seen:
+            continue
+        seen = versions
+        try:
+            server_context(cert_file, key_file)  # tried elsewhere first: it might take the certificate and not the key
+            context.load_cert_chain(_readable(cert_file), _readable(key_file), password=_no_password)
+        except (StartupError, OSError) as error:  # also ssl's own, where they changed in between
+            log.error("the certificate stays what it was: %s", error)
+        else:
+            log.info("%s was read again", cert_file)
+
+
+def _versions(*files: str) -> list[tuple[int, ...] | None]:
+    """What tells one content of each file from the next; None for one that is not there."""
+
+    def version(path: Path) -> tuple[int, ...] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    return [version(Path(each).expanduser()) for each in files]
 
 
 def client_context(ca_file: str) -> ssl.SSLContext | bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import ipaddress
 import json
-import os
 import ssl
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from modelpool.cli.client import PoolAddress, PoolClient, Trouble, address_file
 from modelpool.gateway.connection import Limits
 from modelpool.process import NotStarted, Ready, StartupError
 from modelpool.settings import GatewaySettings, Settings
-from modelpool.tls import client_context, own_context, server_context
+from modelpool.tls import client_context, keep_current, own_context, server_context
 from tests.contract.test_gateway_passing import EVENT_STREAM, Upstream
 from tests.contract.test_gateway_process import started
 from tests.contract.test_gateway_responses import fakes
@@ -194,7 +194,7 @@ def test_a_process_that_cannot_use_its_files_names_the_one_at_fault(tmp_path: Pa
     )
 
 
-def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, other, locked = made(tmp_path), made(tmp_path, "other"), made(tmp_path, "locked", password=b"secret")
     garbage = tmp_path / "garbage"
     garbage.write_text("garbage")
@@ -214,8 +214,47 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="garbage"):
         client_context(str(garbage))
     assert client_context("") is True
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert server_context("localhost.pem", "localhost.key") is not None
+
+
+async def serial(world: World, trusted: Path) -> int:
+    """Of the certificate that a new connection is shown."""
+    _, writer = await asyncio.open_connection(*world.endpoint, ssl=own_context(str(trusted)))
+    shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return x509.load_der_x509_certificate(shown).serial_number
+
+
+@on_uvloop
+async def _renewed(files: Files, other: Files) -> None:
+    context = files.server()
+    async with asyncio.TaskGroup() as tasks, gateway(tls=context) as world:
+        keeping = tasks.create_task(keep_current(context, str(files.cert), str(files.key), every_s=0.005))
+        client = await connected(world, files)
+        first = await serial(world, files.cert)
+        files.cert.write_bytes(other.cert.read_bytes())  # for a moment it does not fit the key
+        await asyncio.sleep(0.05)
+        files.key.write_bytes(other.key.read_bytes())
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(ssl.SSLCertVerificationError):
+                    if (second := await serial(world, other.cert)) != first:
+                        break
+        assert (await client.ask(request("GET", "/health"))).status == 200
+        for wrong in (b"garbage", b""):
+            files.key.write_bytes(wrong)
+            await asyncio.sleep(0.05)
+            assert await serial(world, other.cert) == second
+        files.cert.unlink()
+        await asyncio.sleep(0.05)
+        assert await serial(world, other.cert) == second
+        keeping.cancel()
+
+
+def test_a_certificate_that_is_renewed_is_shown_to_new_clients_and_a_wrong_one_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    _renewed(made(tmp_path), made(tmp_path / "other"))
 
 
 def test_workers_elsewhere_are_told_https() -> None:

@@ -41,7 +41,7 @@ from modelpool.home import Home
 from modelpool.relay import Deadlines, Endpoint, Pools
 from modelpool.settings import GatewaySettings, Settings, SettingsError, from_environment
 from modelpool.tcp import bind_tcp, inherited, url_of
-from modelpool.tls import server_context
+from modelpool.tls import keep_current, server_context
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,9 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
         background.append(tasks.create_task(demand.keep_reporting()))
+        if tls is not None:
+            renewing = keep_current(tls, gateway.tls_cert_file, gateway.tls_key_file)
+            background.append(tasks.create_task(renewing))
         await feed.wait_first(FIRST_SNAPSHOT_S)
         limits = Limits(body_bytes=gateway.max_body_bytes)
         async with listening(sock, app, limits, grace_s=GRACE_S, tls=tls) as listener:
