@@ -18,6 +18,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import suppress
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,7 @@ from modelpool.engines.hangup import on_hangup
 from modelpool.engines.listener import NoFreePort, listen
 from modelpool.engines.meter import Meter
 from modelpool.engines.residency import Residency
+from modelpool.engines.scratch import shared_memory_prefix
 from modelpool.engines.server import Server
 from modelpool.engines.start_clock import StartClock
 from modelpool.messages.engine import (
@@ -91,6 +93,7 @@ def _enter(spec: HostSpec, scratch: Path) -> None:
     """Become the host of `spec`: environment, folders, log file, name."""
     scratch.mkdir(mode=0o700)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    vars(shared_memory)["_SHM_NAME_PREFIX"] = f"/{shared_memory_prefix(scratch)}"
     os.environ.update(spec.env)
     os.chdir(spec.cwd)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,7 +1,8 @@
-"""Folders for the temporary files of hosts, which go with their owners however these end."""
+"""What hosts leave in folders that all share, which goes with its owners however these end."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -9,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 _PREFIX = "modelpool-forkserver-"
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class Scratch:
-    """One folder of a forkserver, named after its process, with one in it for each of its hosts.
+    """One folder of a forkserver, named after its process, with one in it for the temporary files of each of its hosts.
 
     A forkserver that was killed leaves its folder to hosts that live on; the next one that starts removes what nobody
     lives in any more.
@@ -28,10 +30,27 @@ class Scratch:
         return self.path / str(pid)
 
     def remove_host(self, pid: int) -> None:
-        shutil.rmtree(self.of_host(pid), ignore_errors=True)
+        _remove(self.of_host(pid))
 
     def remove(self) -> None:
+        for host in self.path.glob("*"):
+            _remove(host)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def shared_memory_prefix(host: Path) -> str:
+    """What the names of shared memory that is made by the host with this folder begin with.
+
+    Python's own resource tracker would remove it, unless it is killed too. It allows no more than ten characters.
+    """
+    return f"mp{hashlib.sha256(os.fsencode(host)).hexdigest()[:6]}_"
+
+
+def _remove(host: Path) -> None:
+    for segment in _SHARED_MEMORY.glob(f"{shared_memory_prefix(host)}*"):
+        with suppress(OSError):
+            segment.unlink()
+    shutil.rmtree(host, ignore_errors=True)
 
 
 def _sweep(parent: Path) -> None:
@@ -43,7 +62,7 @@ def _sweep(parent: Path) -> None:
                 continue
             for host in folder.iterdir():
                 if not _lives(host.name):
-                    shutil.rmtree(host, ignore_errors=True)
+                    _remove(host)
             folder.rmdir()
 
 
