@@ -121,15 +121,19 @@ def end_on_sigterm() -> None:
 
 @contextmanager
 def started(
-    command: Sequence[str], log: Path, environ: Mapping[str, str] = {}, inherits: Sequence[int] = ()
+    command: Sequence[str],
+    log: Path,
+    environ: Mapping[str, str] = {},
+    inherits: Sequence[int] = (),
+    said: Path | None = None,
 ) -> Iterator[psutil.Process]:
-    """A process in a group of its own, all of which is ended."""
-    with open(log, "ab") as out:
+    """A process in a group of its own, all of which is ended. `said`: for its standard output, if not the log."""
+    with open(log, "ab") as errors, open(said or log, "ab") as out:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
-            stderr=out,
+            stderr=errors,
             env={**os.environ, **environ},
             pass_fds=tuple(inherits),
             start_new_session=True,
@@ -150,11 +154,11 @@ def started(
 @contextmanager
 def upstreams(folder: Path, *, ports: int = 8, control: Path | None = None) -> Iterator[Upstreams]:
     """Engines that answer at once; with `control` also the manager that says where they are."""
-    said = folder / f"upstream-{time.monotonic_ns()}"
+    said, log = folder / f"upstream-{time.monotonic_ns()}", folder / "upstream.log"
     command = [sys.executable, "-m", "benchmarks.upstream", "--ports", str(ports)]
     command += ["--control", str(control)] if control else []
-    with started(command, said) as process:
-        _wait_for(lambda: said.read_bytes().endswith(b"\n"), process)
+    with started(command, log, said=said) as process:
+        _wait_for(lambda: said.read_bytes().endswith(b"\n"), process, log)
         yield Upstreams(msgspec.json.decode(said.read_bytes(), type=list[int]), (process,))
 
 
@@ -202,10 +206,10 @@ def _gateway(
 
 @contextmanager
 def bare(engines: Upstreams, folder: Path) -> Iterator[Running]:
-    said = folder / "bare"
+    said, log = folder / "bare", folder / "bare.log"
     command = [sys.executable, "-m", "benchmarks.passthrough", "--upstream", str(engines.ports[0])]
-    with started(command, said) as process:
-        _wait_for(lambda: said.read_bytes().endswith(b"\n"), process)
+    with started(command, log, said=said) as process:
+        _wait_for(lambda: said.read_bytes().endswith(b"\n"), process, log)
         yield Running(int(said.read_text()), (process,))
 
 
