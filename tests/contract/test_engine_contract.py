@@ -33,8 +33,9 @@ class TestFakeEngine(EngineContract):
     long_body: ClassVar[dict[str, Any]] = {"max_tokens": 2000, "ignore_eos": True}
     long_headers: ClassVar[dict[str, str]] = {"X-Fake-Token-Ms": "20"}
 
-    @pytest.fixture
-    def model(self) -> ModelSpec:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls) -> ModelSpec:
         return echo()
 
     def test_a_load_error_comes_out_as_it_is(self, forkserver: ForkserverDriver) -> None:

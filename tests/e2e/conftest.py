@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.pool import PoolProcess, running_pool
+from tests.e2e.pool import PoolProcess, eventually, running_pool
 
 FAKE_ONLY = {"MODELPOOL_ENGINES": "fake", "MODELPOOL_HEARTBEAT_INTERVAL": "1"}
 
@@ -25,8 +25,29 @@ def fake_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]
         yield pool
 
 
+@pytest.fixture(scope="session")
+def broken_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]:
+    with running_pool(tmp_path_factory.mktemp("broken-pool"), "--no-demo", **FAKE_ONLY) as pool:
+        yield pool
+
+
+@pytest.fixture
+def mending_pool(broken_pool: PoolProcess) -> Iterator[PoolProcess]:
+    """One fake-engine pool for all tests whose damage it mends by itself; each leaves it whole, without a model."""
+    yield broken_pool
+    eventually(lambda: _whole(broken_pool), 30, lambda: f"whole again: {broken_pool.status()}")
+    for model in broken_pool.status()["models"]:
+        broken_pool.remove(model["alias"])
+    eventually(lambda: not broken_pool.processes("modelpool: host"), 30, lambda: str(broken_pool.processes()))
+
+
+def _whole(pool: PoolProcess) -> bool:
+    status = pool.status()
+    return "workers" in status and not status["recovering"] and any(each["alive"] for each in status["workers"])
+
+
 @pytest.fixture
 def own_pool(tmp_path: Path) -> Iterator[PoolProcess]:
-    """A fake-engine pool of a test's own, to be broken."""
+    """A fake-engine pool of a test's own, to be broken for good."""
     with running_pool(tmp_path / "home", "--no-demo", **FAKE_ONLY) as pool:
         yield pool

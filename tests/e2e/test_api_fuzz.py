@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.api_fuzz import MODEL, ApiFuzz
 from tests.e2e.pool import PoolProcess
 
-SECONDS = 10.0
+SECONDS = 5.0
 
 
 def test_whatever_is_asked_is_answered_by_the_document(own_pool: PoolProcess) -> None:

@@ -158,40 +158,42 @@ def until(terminal: int, text: str) -> None:
         shown += os.read(terminal, 4096).decode(errors="replace")
 
 
-def test_a_command_waits_for_a_manager_that_is_started_again(own_pool: PoolProcess) -> None:
-    own_pool.register("m", fake=True)
-    own_pool.one("modelpool: manager").send_signal(signal.SIGKILL)
-    done = run(own_pool, "ls")
+def test_a_command_waits_for_a_manager_that_is_started_again(mending_pool: PoolProcess) -> None:
+    mending_pool.register("m", fake=True)
+    mending_pool.one("modelpool: manager").send_signal(signal.SIGKILL)
+    done = run(mending_pool, "ls")
     assert done.returncode == 0, done.stderr
     assert "\nm  " in done.stdout
 
 
-def test_a_worker_that_was_stopped_is_not_listed(own_pool: PoolProcess) -> None:
-    more = {"MODELPOOL_ENGINES": "fake", "MANAGER_URL": own_pool.url}
+def test_a_worker_that_was_stopped_is_not_listed(mending_pool: PoolProcess) -> None:
+    more = {"MODELPOOL_ENGINES": "fake", "MANAGER_URL": mending_pool.url}
     with subprocess.Popen(
         [*CLI, "worker", "--worker-id", "w2", "--port", "0"],
-        env=environment(own_pool.home, **more),
+        env=environment(mending_pool.home, **more),
         stderr=subprocess.PIPE,
         text=True,
     ) as worker:
         try:
-            eventually(lambda: len(own_pool.status()["workers"]) == 2, 20, lambda: "a second worker")
-            taken = run(own_pool, "worker", "--worker-id", "w2", "--port", "0", **more)
+            eventually(lambda: len(mending_pool.status()["workers"]) == 2, 20, lambda: "a second worker")
+            taken = run(mending_pool, "worker", "--worker-id", "w2", "--port", "0", **more)
             worker.send_signal(signal.SIGTERM)
             _, log = worker.communicate(timeout=20)
         finally:
             worker.kill()
-    assert [each["worker_id"] for each in own_pool.status()["workers"]] == ["w1"]
+    assert [each["worker_id"] for each in mending_pool.status()["workers"]] == ["w1"]
     assert "unregistered at" in log
     assert taken.returncode == 1
-    assert f"error: worker-w2 is already running (process {worker.pid}) in the home {own_pool.home}.\n" in taken.stderr
+    assert (
+        f"error: worker-w2 is already running (process {worker.pid}) in the home {mending_pool.home}.\n" in taken.stderr
+    )
     assert "--worker-id" in taken.stderr
 
 
-def test_what_a_home_holds_is_its_owners_only(own_pool: PoolProcess) -> None:
-    own_pool.register("m", fake=True)
-    own_pool.wait_active("m")
-    files = [path for path in own_pool.home.rglob("*") if path.is_file()]
+def test_what_a_home_holds_is_its_owners_only(mending_pool: PoolProcess) -> None:
+    mending_pool.register("m", fake=True)
+    mending_pool.wait_active("m")
+    files = [path for path in mending_pool.home.rglob("*") if path.is_file()]
     assert {"modelpool.db", "pool.json", "forkserver-w1-fake.log"} <= {path.name for path in files}
     assert [path for path in files if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
 

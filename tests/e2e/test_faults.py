@@ -54,97 +54,99 @@ def steady_requests(pool: PoolProcess, alias: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_dead_host_is_seen_and_started_again_while_others_are_not_disturbed(own_pool: PoolProcess, how: str) -> None:
-    own_pool.register("victim", fake=True)
-    own_pool.register("other", fake=True)
-    own_pool.wait_active("victim")
-    own_pool.wait_active("other")
-    host = own_pool.one("modelpool: host victim")
-    with steady_requests(own_pool, "other") as failures:
+def test_a_dead_host_is_seen_and_started_again_while_others_are_not_disturbed(
+    mending_pool: PoolProcess, how: str
+) -> None:
+    mending_pool.register("victim", fake=True)
+    mending_pool.register("other", fake=True)
+    mending_pool.wait_active("victim")
+    mending_pool.wait_active("other")
+    host = mending_pool.one("modelpool: host victim")
+    with steady_requests(mending_pool, "other") as failures:
         kill(host, how)
         killed = time.monotonic()
         eventually(
-            lambda: own_pool.model("victim")["instances"][0]["failures"] == 1,
+            lambda: mending_pool.model("victim")["instances"][0]["failures"] == 1,
             SEEN_WITHIN_S,
-            lambda: f"failure seen: {own_pool.model('victim')}",
+            lambda: f"failure seen: {mending_pool.model('victim')}",
         )
         assert time.monotonic() - killed < SEEN_WITHIN_S
-        assert "killed by" in own_pool.model("victim")["instances"][0]["reason"]
-        own_pool.wait_active("victim", within=20)
+        assert "killed by" in mending_pool.model("victim")["instances"][0]["reason"]
+        mending_pool.wait_active("victim", within=20)
     assert failures == []
-    assert own_pool.one("modelpool: host victim").pid != host.pid
+    assert mending_pool.one("modelpool: host victim").pid != host.pid
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_dead_forkserver_is_replaced_and_hosts_run_on(own_pool: PoolProcess, how: str) -> None:
-    own_pool.register("m", fake=True)
-    own_pool.wait_active("m")
-    host, forkserver = own_pool.one("modelpool: host m"), own_pool.one("modelpool: forkserver")
-    with steady_requests(own_pool, "m") as failures:
+def test_a_dead_forkserver_is_replaced_and_hosts_run_on(mending_pool: PoolProcess, how: str) -> None:
+    mending_pool.register("m", fake=True)
+    mending_pool.wait_active("m")
+    host, forkserver = mending_pool.one("modelpool: host m"), mending_pool.one("modelpool: forkserver")
+    with steady_requests(mending_pool, "m") as failures:
         kill(forkserver, how)
         eventually(
-            lambda: any(each.pid != forkserver.pid for each in own_pool.processes("modelpool: forkserver")),
+            lambda: any(each.pid != forkserver.pid for each in mending_pool.processes("modelpool: forkserver")),
             20,
             lambda: "a new forkserver",
         )
-        own_pool.register("n", fake=True)
-        own_pool.wait_active("n", within=20)
+        mending_pool.register("n", fake=True)
+        mending_pool.wait_active("n", within=20)
     assert failures == []
-    assert own_pool.one("modelpool: host m").pid == host.pid
+    assert mending_pool.one("modelpool: host m").pid == host.pid
     # The hosts it adopted end with the worker all the same.
-    own_pool.one("modelpool: worker").kill()
+    mending_pool.one("modelpool: worker").kill()
     eventually(lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE, 5, lambda: "the host ends")
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_dead_workers_engines_end_and_its_models_come_back(own_pool: PoolProcess, how: str) -> None:
-    own_pool.register("m", fake=True)
-    own_pool.wait_active("m")
-    engines = [*own_pool.processes("modelpool: host"), *own_pool.processes("modelpool: forkserver")]
-    worker = own_pool.one("modelpool: worker")
+def test_a_dead_workers_engines_end_and_its_models_come_back(mending_pool: PoolProcess, how: str) -> None:
+    mending_pool.register("m", fake=True)
+    mending_pool.wait_active("m")
+    engines = [*mending_pool.processes("modelpool: host"), *mending_pool.processes("modelpool: forkserver")]
+    worker = mending_pool.one("modelpool: worker")
     kill(worker, how)
     eventually(
-        lambda: not [each for each in processes_of(own_pool.run_id) if each in engines],
+        lambda: not [each for each in processes_of(mending_pool.run_id) if each in engines],
         SEEN_WITHIN_S,
         lambda: "its engines have ended",
     )
-    assert [each["id"] for each in own_pool.http.get("/v1/models").json()["data"]] == ["m"]
-    eventually(lambda: own_pool.one("modelpool: worker").pid != worker.pid, 10, lambda: "a new worker")
-    own_pool.wait_active("m", within=30)
+    assert [each["id"] for each in mending_pool.http.get("/v1/models").json()["data"]] == ["m"]
+    eventually(lambda: mending_pool.one("modelpool: worker").pid != worker.pid, 10, lambda: "a new worker")
+    mending_pool.wait_active("m", within=30)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_requests_go_on_without_the_manager_and_a_new_one_adopts_what_runs(own_pool: PoolProcess, how: str) -> None:
-    own_pool.register("m", fake=True)
-    own_pool.register("n", fake=True)
-    own_pool.wait_active("m")
-    own_pool.wait_active("n")
-    hosts = {each.pid for each in own_pool.processes("modelpool: host")}
-    epoch = own_pool.status()["epoch"]
-    with steady_requests(own_pool, "m") as failures:
-        kill(own_pool.one("modelpool: manager"), how)
+def test_requests_go_on_without_the_manager_and_a_new_one_adopts_what_runs(mending_pool: PoolProcess, how: str) -> None:
+    mending_pool.register("m", fake=True)
+    mending_pool.register("n", fake=True)
+    mending_pool.wait_active("m")
+    mending_pool.wait_active("n")
+    hosts = {each.pid for each in mending_pool.processes("modelpool: host")}
+    epoch = mending_pool.status()["epoch"]
+    with steady_requests(mending_pool, "m") as failures:
+        kill(mending_pool.one("modelpool: manager"), how)
         eventually(
-            lambda: own_pool.status().get("epoch", epoch) != epoch and not own_pool.status()["recovering"],
+            lambda: mending_pool.status().get("epoch", epoch) != epoch and not mending_pool.status()["recovering"],
             30,
-            lambda: f"a new manager: {own_pool.status()}",
+            lambda: f"a new manager: {mending_pool.status()}",
         )
-        own_pool.wait_active("m")
-        own_pool.wait_active("n")
-        own_pool.register("after", fake=True)
-        own_pool.wait_active("after")
+        mending_pool.wait_active("m")
+        mending_pool.wait_active("n")
+        mending_pool.register("after", fake=True)
+        mending_pool.wait_active("after")
     assert failures == []
-    assert hosts < {each.pid for each in own_pool.processes("modelpool: host")}
+    assert hosts < {each.pid for each in mending_pool.processes("modelpool: host")}
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_dead_gateway_comes_back_on_its_port(own_pool: PoolProcess, how: str) -> None:
-    own_pool.register("m", fake=True)
-    own_pool.wait_active("m")
-    host, gateway = own_pool.one("modelpool: host m"), own_pool.one("modelpool: gateway")
+def test_a_dead_gateway_comes_back_on_its_port(mending_pool: PoolProcess, how: str) -> None:
+    mending_pool.register("m", fake=True)
+    mending_pool.wait_active("m")
+    host, gateway = mending_pool.one("modelpool: host m"), mending_pool.one("modelpool: gateway")
     kill(gateway, how)
-    eventually(lambda: own_pool.answers("m"), 15, lambda: "the gateway answers")
-    assert own_pool.one("modelpool: gateway").pid != gateway.pid
-    assert own_pool.one("modelpool: host m").pid == host.pid
+    eventually(lambda: mending_pool.answers("m"), 15, lambda: "the gateway answers")
+    assert mending_pool.one("modelpool: gateway").pid != gateway.pid
+    assert mending_pool.one("modelpool: host m").pid == host.pid
 
 
 def test_nothing_is_left_when_up_itself_is_killed(own_pool: PoolProcess) -> None:
@@ -154,13 +156,13 @@ def test_nothing_is_left_when_up_itself_is_killed(own_pool: PoolProcess) -> None
     eventually(lambda: not processes_of(own_pool.run_id), 20, lambda: str(processes_of(own_pool.run_id)))
 
 
-def test_an_engine_that_keeps_dying_is_tried_with_growing_pauses(own_pool: PoolProcess) -> None:
-    own_pool.register("m", fake=True, fake_load_error="the disk with the weights is gone")
+def test_an_engine_that_keeps_dying_is_tried_with_growing_pauses(mending_pool: PoolProcess) -> None:
+    mending_pool.register("m", fake=True, fake_load_error="the disk with the weights is gone")
     view = eventually(
-        lambda: (view := own_pool.model("m"))["instances"][0]["failures"] >= 2 and view, 30, lambda: "two failures"
+        lambda: (view := mending_pool.model("m"))["instances"][0]["failures"] >= 2 and view, 30, lambda: "two failures"
     )
     assert "the disk with the weights is gone" in view["reason"]
-    answer = own_pool.http.post("/v1/chat/completions", json={"model": "m", "messages": []})
+    answer = mending_pool.http.post("/v1/chat/completions", json={"model": "m", "messages": []})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "model_not_ready"
     assert "the disk with the weights is gone" in answer.json()["error"]["message"]

@@ -31,7 +31,7 @@ def idle_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]
 @pytest.fixture(scope="module")
 def tight_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]:
     """One device of 10 GB, for models of 6."""
-    short = {"MODEL_MIN_RESIDENCE": "0.5", "MODEL_TURN_MAX": "2", "MODEL_SWAPS_PER_MINUTE": "1000"}
+    short = {"MODEL_MIN_RESIDENCE": "0.5", "MODEL_TURN_MAX": "1", "MODEL_SWAPS_PER_MINUTE": "1000"}
     home = tmp_path_factory.mktemp("tight")
     with running_pool(home, "--no-demo", **FAKE_ONLY, **short, MODELPOOL_FAKE_DEVICES="1x10") as pool:
         yield pool
@@ -70,7 +70,7 @@ def test_a_pinned_model_and_one_with_replicas_to_keep_stay_awake(idle_pool: Pool
     pool.wait_active("pinned")
     pool.wait_active("kept")
     pool.wait_active("slow")
-    time.sleep(5)
+    time.sleep(3)  # twice their idle time
     assert {pool.model(alias)["state"] for alias in ("pinned", "kept", "slow")} == {"ACTIVE"}
 
 
@@ -115,7 +115,7 @@ def test_two_that_cannot_live_together_and_are_both_asked_for_all_the_time_take_
     pool = tight_pool
     pool.register("a", fake=True, gpu_memory_gb=6)
     pool.register("b", fake=True, gpu_memory_gb=6)
-    until_s = time.monotonic() + 12
+    until_s = time.monotonic() + 7
     served = {"a": 0, "b": 0}
     failures: list[tuple[str, str]] = []
     turns: list[str] = []

@@ -20,7 +20,7 @@ ASK = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def test_three_requests_to_a_capacity_of_one_take_one_two_and_three_times_as_long(fake_pool: PoolProcess) -> None:
-    fake_pool.register("slow", fake=True, fake_delay_ms=3000, fake_capacity=1)
+    fake_pool.register("slow", fake=True, fake_delay_ms=2000, fake_capacity=1)
     fake_pool.wait_active("slow")
 
     def ask(_: int) -> float:
@@ -37,15 +37,17 @@ def test_three_requests_to_a_capacity_of_one_take_one_two_and_three_times_as_lon
             lambda: "two queue",
         )
         assert (status["inflight_requests"], status["capacity"], status["running"]) == (3, 1, 1)
-        assert sorted(asked) == pytest.approx([3, 6, 9], abs=1)
+        took = sorted(asked)
+        # One after the other: never sooner, and later only as far as a busy machine makes it.
+        assert all(1.99 * turn < seconds < 2 * turn + 5 for turn, seconds in enumerate(took, start=1)), took
         # The client has its last byte a moment before the host has counted it.
         after = eventually(
             lambda: (status := worker.get("/instances/slow/status").json())["inflight_requests"] == 0 and status,
             1,
             lambda: "none in flight",
         )
-    assert after["e2e_last"] == pytest.approx(9, abs=1)
-    assert after["e2e_avg"] == pytest.approx(6, abs=1)
+    assert after["e2e_last"] == pytest.approx(took[-1], abs=3)
+    assert after["e2e_avg"] == pytest.approx(sum(took) / 3, abs=3)
     assert after["sleep_level_value"] == 0
     assert after["gpu_info"]["available_memory_gb"] > 0
 
@@ -222,28 +224,30 @@ def test_a_model_runs_on_two_workers_and_both_get_requests(tmp_path: Path) -> No
                 second.kill()
 
 
-def test_a_request_that_kills_its_engine_is_not_sent_to_the_next_one(own_pool: PoolProcess) -> None:
-    own_pool.register("m", fake=True, min_replicas=3)
-    own_pool.wait_active("m", replicas=3)
+def test_a_request_that_kills_its_engine_is_not_sent_to_the_next_one(mending_pool: PoolProcess) -> None:
+    mending_pool.register("m", fake=True, min_replicas=3)
+    mending_pool.wait_active("m", replicas=3)
     with ThreadPoolExecutor(12) as threads:  # so that connections to each of them are kept
         list(
-            threads.map(lambda _: own_pool.http.post("/v1/completions", json={"model": "m", "prompt": "x"}), range(48))
+            threads.map(
+                lambda _: mending_pool.http.post("/v1/completions", json={"model": "m", "prompt": "x"}), range(48)
+            )
         )
-    deadly = own_pool.http.post(
+    deadly = mending_pool.http.post(
         "/v1/completions", json={"model": "m", "prompt": "x"}, headers={"X-Fake-Crash-After-Tokens": "0"}
     )
     assert (deadly.status_code, deadly.json()["error"]["code"]) == (502, "upstream_failed")
-    eventually(lambda: any(each["failures"] for each in own_pool.model("m")["instances"]), 5, lambda: "seen")
-    assert sum(each["failures"] for each in own_pool.model("m")["instances"]) == 1
+    eventually(lambda: any(each["failures"] for each in mending_pool.model("m")["instances"]), 5, lambda: "seen")
+    assert sum(each["failures"] for each in mending_pool.model("m")["instances"]) == 1
 
 
-def test_a_second_worker_of_the_same_name_is_turned_away(own_pool: PoolProcess, tmp_path: Path) -> None:
+def test_a_second_worker_of_the_same_name_is_turned_away(fake_pool: PoolProcess, tmp_path: Path) -> None:
     body = {
         "info": {"worker_id": "w1", "incarnation": "other", "url": "http://127.0.0.1:9"},
         "devices": [],
         "engines": {},
     }
-    answer = own_pool.http.post("/workers/register", json=body, headers={"Authorization": f"Bearer {own_pool.token}"})
+    answer = fake_pool.http.post("/workers/register", json=body, headers={"Authorization": f"Bearer {fake_pool.token}"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "worker_id_taken")
     assert "--worker-id" in answer.json()["error"]["message"]
 

@@ -89,22 +89,6 @@ def test_the_status_has_times_of_real_requests_and_the_engines_figures(demo_pool
     assert after["requests_total"] == status["requests_total"] + 1
 
 
-def test_an_aborted_request_leaves_the_engine_within_a_second(demo_pool: PoolProcess) -> None:
-    body = {"model": "demo", "prompt": "x", "max_tokens": 2000, "min_tokens": 2000, "ignore_eos": True}
-    with demo_pool.worker_http() as worker:
-
-        def busy() -> bool:
-            status = worker.get("/instances/demo/status").json()
-            return bool(status["inflight_requests"] or status["running"])
-
-        with demo_pool.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-            next(response.iter_raw())
-        eventually(lambda: not busy(), 1, lambda: "not busy")
-        with pytest.raises(httpx.ReadTimeout):
-            demo_pool.http.post("/v1/completions", json=body, timeout=0.5)
-        eventually(lambda: not busy(), 1, lambda: "not busy")
-
-
 def test_a_second_and_an_embedding_model_run_beside_the_demo(demo_pool: PoolProcess, tmp_path: Path) -> None:
     demo_pool.register("tiny", model_name=str(make_text_model(tmp_path / "text", seed=3)), engine_args=SMALL)
     demo_pool.wait_active("tiny")
@@ -160,11 +144,60 @@ def test_a_model_that_cannot_load_gives_its_real_reason(
         demo_pool.remove(alias)
 
 
+class Probes:
+    """Asks a worker for its health again and again: how long each answer took, and what was no good answer."""
+
+    def __init__(self, url: str) -> None:
+        self.times: list[float] = []
+        self.failures: list[str] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(url,))
+
+    def __enter__(self) -> Probes:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self, url: str) -> None:
+        with httpx.Client(base_url=url, timeout=5, trust_env=False) as http:
+            while not self._done.wait(0.05):
+                begin = time.monotonic()
+                try:
+                    if (status := http.get("/health").status_code) != 200:
+                        self.failures.append(str(status))
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+                self.times.append(time.monotonic() - begin)
+
+
 @pytest.fixture(scope="module")
-def breakable_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolProcess]:
+def probed_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PoolProcess, Probes]]:
+    """A pool, and what its worker answered while forkserver and engine started."""
     with running_pool(tmp_path_factory.mktemp("breakable")) as pool:
-        pool.wait_active("demo")
-        yield pool
+        with pool.worker_http() as worker:
+            url = str(worker.base_url)
+        with Probes(url) as probes:
+            pool.wait_active("demo")
+        yield pool, probes
+
+
+@pytest.fixture(scope="module")
+def breakable_pool(probed_pool: tuple[PoolProcess, Probes]) -> PoolProcess:
+    return probed_pool[0]
+
+
+def test_the_worker_answers_at_once_while_forkserver_and_engine_start(
+    probed_pool: tuple[PoolProcess, Probes],
+) -> None:
+    _, probes = probed_pool
+    assert probes.failures == []
+    assert len(probes.times) > 20
+    # Tenfold slack: docs/design.md has the figures of a machine that does nothing else.
+    assert statistics.median(probes.times) < 0.5
+    assert max(probes.times) < 5, sorted(probes.times)[-5:]
 
 
 @pytest.mark.parametrize("how", ["kill", "stop then kill"])
@@ -243,7 +276,7 @@ def test_starting_and_stopping_gives_memory_back_every_time(demo_pool: PoolProce
     kept = {each.pid for each in demo_pool.processes()}
     before = pss(demo_pool, kept)
     peaks = []
-    for _ in range(10):
+    for _ in range(4):
         demo_pool.register("round", model_name=model, engine_args=SMALL)
         demo_pool.wait_active("round")
         with demo_pool.worker_http() as worker:
@@ -251,44 +284,10 @@ def test_starting_and_stopping_gives_memory_back_every_time(demo_pool: PoolProce
         demo_pool.remove("round")
         eventually(lambda: {each.pid for each in demo_pool.processes()} <= kept, 40, lambda: "its processes ended")
     after = pss(demo_pool, kept)
-    # Shared pages count fully for those that are left; a leak would grow with each of the ten rounds.
+    # Shared pages count fully for those that are left; `make soak` has fifty rounds, in which a leak would add up.
     assert after < before + 150e6, (before, after)
-    assert statistics.mean(peaks[5:]) < statistics.mean(peaks[:5]) * 1.1, peaks
+    assert max(peaks) < min(peaks) * 1.1, peaks
 
 
 def pss(pool: PoolProcess, pids: set[int]) -> float:
     return float(sum(psutil.Process(pid).memory_full_info().pss for pid in pids if psutil.pid_exists(pid)))
-
-
-def test_the_worker_answers_at_once_while_forkserver_and_engine_start(tmp_path: Path) -> None:
-    times: list[float] = []
-    failures: list[str] = []
-    done = threading.Event()
-
-    def probe(url: str) -> None:
-        with httpx.Client(base_url=url, timeout=5, trust_env=False) as http:
-            while not done.is_set() and len(times) < 400:
-                begin = time.monotonic()
-                try:
-                    if http.get("/health").status_code != 200:
-                        failures.append("status")
-                except httpx.HTTPError as error:
-                    failures.append(repr(error))
-                times.append(time.monotonic() - begin)
-                done.wait(0.1)
-
-    with running_pool(tmp_path / "home", "--no-demo") as pool:
-        with pool.worker_http() as worker:
-            thread = threading.Thread(target=probe, args=(str(worker.base_url),))
-        thread.start()
-        try:
-            pool.register("demo", model_name=str(demo.model_path()), engine_args=demo.engine_args())
-            pool.wait_active("demo")
-            eventually(lambda: len(times) >= 100, 60, lambda: "100 probes")
-        finally:
-            done.set()
-            thread.join()
-    assert failures == []
-    # Tenfold slack: docs/design.md has the figures of a machine that does nothing else.
-    assert statistics.median(times) < 0.5
-    assert max(times) < 5, sorted(times)[-5:]
