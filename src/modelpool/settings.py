@@ -142,7 +142,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     scale_interval_s: Seconds = 5.0
     """Load is an average over about this long."""
     cooldown_s: SecondsOrNone = 30.0
-    """Between two changes for the load of one model."""
+    """From a change for the load of one model until it may put a replica to sleep."""
     idle_sleep_1_s: SecondsOrNone = 300.0
     """Without a request for so long, an instance goes down to this level."""
     idle_sleep_2_s: SecondsOrNone = 900.0

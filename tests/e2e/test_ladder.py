@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,11 @@ def ask(pool: PoolProcess, alias: str) -> int:
     return pool.http.post("/v1/completions", json={"model": alias, "prompt": "x"}, timeout=60).status_code
 
 
+def starts(pool: PoolProcess, alias: str) -> int:
+    """How often its worker has started an instance of it."""
+    return len(re.findall(rf" {alias}(-r\d+)? starts, engine", (pool.home / "logs" / "worker.log").read_text()))
+
+
 def until(pool: PoolProcess, alias: str, state: str, within: float = 15) -> None:
     eventually(lambda: pool.model(alias)["state"] == state, within, lambda: f"{state}: {pool.model(alias)}")
 
@@ -53,7 +60,11 @@ def test_nobody_asks_and_it_steps_down_and_a_request_brings_it_back(idle_pool: P
         if state != "ACTIVE":
             assert [each["id"] for each in pool.http.get("/v1/models").json()["data"]] == ["m"]
     eventually(lambda: pool.processes("modelpool: host m") == [], 10, lambda: "its host has ended")
-    assert ask(pool, "m") == 200
+    before = starts(pool, "m")
+    with ThreadPoolExecutor(50) as clients, pool.sdk() as sdk:
+        answers = clients.map(lambda _: sdk.completions.create(model="m", prompt="x"), range(50))
+        assert {each.choices[0].finish_reason for each in answers} == {"stop"}
+    assert starts(pool, "m") == before + 1
     until(pool, "m", "SLEEP_1")
     host = pool.one("modelpool: host m").pid
     assert ask(pool, "m") == 200

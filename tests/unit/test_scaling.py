@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,9 +23,19 @@ def demand(*, waiting: int = 0, asked_at: float = NOW, **inflight: int) -> Deman
     return Demand(asked_at=asked_at, gateways={"g": seen})
 
 
-def replica(number: int, state: InstanceState, inflight: int = 0, idle_since: float = NOW) -> Replica:
+def replica(
+    number: int, state: InstanceState, inflight: int = 0, idle_since: float = NOW, up_since: float = 0.0
+) -> Replica:
     name = "m" if number == 1 else f"m-r{number}"
-    return Replica(name=name, number=number, state=state, inflight=inflight, capacity=10, idle_since=idle_since)
+    return Replica(
+        name=name,
+        number=number,
+        state=state,
+        inflight=inflight,
+        capacity=10,
+        idle_since=idle_since,
+        up_since=up_since,
+    )
 
 
 def decide(
@@ -63,14 +74,22 @@ def test_a_new_model_is_brought_up_once_and_the_least_replicas_always() -> None:
     assert decide(idle, demand(asked_at=0), policy=two).step is Step.NONE
 
 
-def test_load_brings_one_more_up_to_the_most_and_after_the_cooldown() -> None:
+def test_load_brings_one_more_up_to_the_most_once_that_with_the_last_one_was_seen() -> None:
     busy = [replica(1, S.ACTIVE, inflight=8)]
     assert decide(busy, demand(m=8)).step is Step.START
-    young = decide(busy, demand(m=8), changed_at=NOW - 5)
-    assert (young.step, young.due) == (Step.NONE, NOW + 5)
+    young = decide(busy, demand(m=8), changed_at=NOW - 2)
+    assert (young.step, young.due) == (Step.NONE, NOW - 2 + POLICY.averaged_over_s)
+    new = decide([*busy, replica(2, S.ACTIVE, inflight=8, up_since=NOW - 1)], demand(m=8, m_r2=8))
+    assert (new.step, new.due) == (Step.NONE, NOW - 1 + POLICY.averaged_over_s)
     assert decide(busy, demand(m=8), policy=ScalingPolicy(max_replicas=1)).step is Step.NONE
     assert decide([*busy, replica(2, S.SLEEP_1)], demand(m=8)).step is Step.WAKE
     assert decide([*busy, replica(2, S.STARTING)], demand(m=8)).step is Step.NONE
+
+
+def test_a_burst_that_is_over_brings_nothing_up() -> None:
+    """Its average is still high, and another replica would find nothing to do."""
+    over = msgspec.structs.replace(demand(), mean_inflight=50.0, rated_at=NOW - 2)
+    assert decide([replica(1, S.ACTIVE)], over).step is Step.NONE
 
 
 def test_little_load_puts_the_least_busy_replica_to_sleep_if_the_others_can_take_it() -> None:

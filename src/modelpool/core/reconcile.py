@@ -123,7 +123,7 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     pool = _stop_unwanted(pool, round_)
     shortages: dict[str, str] = {}
     hopeless: set[str] = set()
-    for model in sorted(pool.models.values(), key=lambda each: _urgency(pool, each)):
+    for model in sorted(pool.models.values(), key=lambda each: _urgency(pool, each, now)):
         pool, shortage = _advance(pool, model, round_)
         if shortage is not None:
             shortages[model.alias] = shortage.reason
@@ -144,10 +144,19 @@ class Shortage(msgspec.Struct, frozen=True):
     passing: bool = False
 
 
-def _urgency(pool: Pool, model: Model) -> tuple[float, int, str]:
-    """Who has waited longest comes first."""
-    since = pool.demand[model.alias].waiting_since
-    return (math.inf if since is None else since, model.created, model.alias)
+def _urgency(pool: Pool, model: Model, now: float) -> tuple[float, float, int, str]:
+    """Whoever has waited longer than a turn comes first; then those for whom it pays most; of equals, the oldest wait.
+
+    That is how many requests wait for each second that it takes to bring the model up: so memory that is short is not
+    given to a single request while several wait for another model.
+    """
+    demand = pool.demand[model.alias]
+    if demand.waiting_since is None:
+        return math.inf, 0.0, model.created, model.alias
+    overdue = now - demand.waiting_since >= pool.policy.turn_max_s
+    start_s = typical(pool.learned.get(model.alias, {}), What.START, unknown=_START_GUESS_S)
+    pays = demand.waiting / max(0.1, start_s)
+    return -math.inf if overdue else -pays, demand.waiting_since, model.created, model.alias
 
 
 def replicas_wanted(pool: Pool, model: Model, instances: Iterable[Instance]) -> int:
@@ -272,6 +281,7 @@ def _replica(pool: Pool, instance: Instance) -> Replica:
         capacity=model.capacity or instance.capacity,
         idle_since=awake_since if state is InstanceState.ACTIVE else instance.idle_since,
         levels=instance.levels,
+        up_since=instance.active_since,
     )
 
 

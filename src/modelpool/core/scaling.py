@@ -2,10 +2,10 @@
 
     load = (in flight + waiting) / capacity, over its ACTIVE instances
 
-Above `load_high` one more is brought up, SLEEP_1 before SLEEP_2 before a new replica; below `load_low` the least busy
-one of several goes to sleep, if the others then stay well below `load_high`. One that nobody asks for goes down step by
-step, by its idle times. A change waits for the one before to have its effect (`cooldown_s`), so a steady load causes
-none. Whether there is room is not asked here.
+Above `load_high`, now and on average, one more is brought up, SLEEP_1 before SLEEP_2 before a new replica; the next one
+once the load with this one has been averaged. Below `load_low` the least busy one of several goes to sleep, if the
+others then stay well below `load_high`, and not within `cooldown_s` of another change. So a steady load causes none.
+One that nobody asks for goes down step by step, by its idle times. Whether there is room is not asked here.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
     `idle_since`: for an ACTIVE one when the model was last asked for, for a sleeper what that was when it fell asleep.
     `levels`: the sleep levels that its engine has; one without goes from ACTIVE to UNLOADED.
+    `up_since`: since when it is ACTIVE.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     inflight: int = 0
     capacity: int = 1
     levels: tuple[int, ...] = (1, 2)
+    up_since: float = -math.inf
 
 
 class Step(StrEnum):
@@ -105,8 +107,7 @@ def wish(
         return _bring(replicas, f"{_requests(demand.waiting)} for it, and it is not awake", urgent=True)
     if there < least:
         return _bring(replicas, f"{there} of at least {least} replicas are there", urgent=policy.min_replicas > there)
-    cooled = changed_at + policy.cooldown_s
-    if active and (scaled := _by_load(policy, demand, replicas, active, coming, least, cooled, now)):
+    if active and (scaled := _by_load(policy, demand, replicas, active, coming, least, changed_at, now)):
         return scaled
     return _by_idleness(policy, demand, replicas, active, least, now)
 
@@ -124,18 +125,21 @@ def _by_load(
     active: list[Replica],
     coming: list[Replica],
     least: int,
-    cooled: float,
+    changed_at: float,
     now: float,
 ) -> Wish | None:
     now_load = load(policy, demand, active, now)
-    if now_load > policy.load_high and len(active) + len(coming) < policy.max_replicas:
+    present = (demand.total + demand.waiting) / sum(each.capacity for each in active)
+    if min(now_load, present) > policy.load_high and len(active) + len(coming) < policy.max_replicas:
         if coming:
             return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; {coming[0].name} is on its way")
-        if now < cooled:
-            return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=cooled)
+        seen = max(changed_at, *(each.up_since for each in active)) + policy.averaged_over_s
+        if now < seen:
+            return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=seen)
         why = f"load {now_load:.2f} is above {policy.load_high:g}"
         return _bring(replicas, why, urgent=demand.waiting > 0)
-    if now_load < policy.load_low and len(active) > max(1, least):
+    if max(now_load, present) < policy.load_low and len(active) > max(1, least):
+        cooled = changed_at + policy.cooldown_s
         leaving = min(active, key=lambda each: (each.inflight / each.capacity, -each.number))
         others = [each for each in active if each is not leaving]
         if load(policy, demand, others, now) < policy.load_high * _CALM:

@@ -1,0 +1,50 @@
+"""Eight models, memory for two, and clients who ask for all of them in any order: the controller in virtual time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from modelpool.core.placement import GB
+from modelpool.core.pool import Model, Policy
+from modelpool.core.reconcile import Start, Wake
+from tests.controller_world import Client, Costs, World
+from tests.swaps import first_come_first_served
+
+MODELS = tuple("abcdefgh")
+REQUESTS = 200
+PLACES = 2
+POLICY = Policy(heartbeat_timeout_s=1e9, swaps_per_minute=1000)
+
+
+def played(seed: int, policy: Policy, costs: Costs, clients: int = 8) -> tuple[World, list[Client]]:
+    rng = random.Random(seed)
+    trace = [alias for alias in MODELS for _ in range(REQUESTS // len(MODELS))]
+    rng.shuffle(trace)
+    models = [Model(alias=alias, key=alias, engine="fake", created=0, memory_bytes=4 * GB) for alias in MODELS]
+    world = World(policy, models, total_gb=4.0 * PLACES, costs=costs)
+    todo = iter(trace)
+    all_ = [Client(world, todo, service_s=rng.uniform(0.1, 0.4)) for _ in range(clients)]
+    world.when_active = lambda alias: grant(all_, alias)
+    for each in all_:
+        each.ask()
+    while world.now < 3600 and any(each.busy for each in all_):
+        world.run(world.now + 1)
+    return world, all_
+
+
+def grant(clients: list[Client], alias: str) -> None:
+    for each in clients:
+        if each.waits_for == alias:
+            each.granted()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eight_models_in_memory_for_two_are_swapped_half_as_often_as_first_come_first_served(seed: int) -> None:
+    world, clients = played(seed, POLICY, Costs(held=(1.0, 1.0)))
+    asked = [alias for _, alias in sorted(pair for each in clients for pair in each.asked)]
+    assert len(asked) == sum(len(each.waits) for each in clients) == REQUESTS
+    assert world.most_used <= world.total
+    brought = sum(isinstance(order, Start | Wake) for _, order in world.steps)
+    assert brought <= first_come_first_served(asked, PLACES) / 2
