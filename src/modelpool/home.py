@@ -140,8 +140,11 @@ class Home:
         return path.read_text().strip()
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold the lock `name` as long as this process lives. Raises AlreadyRunning."""
+    def lock(self, name: str) -> Iterator[str]:
+        """Hold the lock `name` as long as this process lives. Raises AlreadyRunning.
+
+        Yields an id of the lock that no other one has: who had it under that id before has ended.
+        """
         path = self.run / f"{quote(name, safe='')}.lock"
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
             try:
@@ -152,7 +155,8 @@ class Home:
             file.truncate()
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            found, boot = os.fstat(file.fileno()), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            yield f"{boot}:{found.st_dev}:{found.st_ino}"
 
 
 def _unusable(path: Path, error: OSError) -> StartupError:

@@ -99,6 +99,10 @@ class ManagerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Listen on TCP too, for gateways and workers elsewhere. Empty: the control socket only."""
     port: Port = 9000
     heartbeat_timeout_s: Seconds = 60.0
+    store_url: str = ""
+    """`postgresql://…`, or `sqlite:///` and an absolute path. Empty: `modelpool.db` in `home`."""
+    lease_s: Annotated[float, Meta(ge=1)] = 10.0
+    """So long after it last reached the store a manager may give orders; another one waits as long for it."""
     recovery_s: Seconds = 10.0
     """How long a new manager waits for the workers it knew before it starts anything or tells the gateways."""
     backoff_initial_s: Seconds = 1.0
@@ -215,6 +219,8 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MANAGER_HOST", "manager.host"),
     ("MANAGER_PORT", "manager.port"),
     ("MODELPOOL_HEARTBEAT_TIMEOUT", "manager.heartbeat_timeout_s"),
+    ("MODELPOOL_STORE_URL", "manager.store_url"),
+    ("MODELPOOL_LEASE", "manager.lease_s"),
     ("MODELPOOL_RECOVERY", "manager.recovery_s"),
     ("MODELPOOL_BACKOFF_INITIAL", "manager.backoff_initial_s"),
     ("MODELPOOL_BACKOFF_MAX", "manager.backoff_max_s"),

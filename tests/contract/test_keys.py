@@ -18,6 +18,7 @@ from modelpool.manager.api import control_app
 from modelpool.manager.manager import Manager, running_manager
 from modelpool.manager.store import open_store
 from modelpool.messages.routing import Keys, KeysDelta, Snapshot, Update
+from tests.stores import held
 
 
 class Pool:
@@ -41,7 +42,7 @@ class Pool:
 
 @asynccontextmanager
 async def running_pool(folder: Path, *, recovery_s: float = 0.01) -> AsyncIterator[Pool]:
-    async with open_store(f"sqlite+aiosqlite:///{folder}/s.db") as store:
+    async with open_store(f"sqlite:///{folder}/s.db") as store:
         async with running_manager(store, policy=Policy(), token="t", run_id="r", recovery_s=recovery_s) as manager:
             transport = httpx.ASGITransport(app=control_app(manager))
             async with httpx.AsyncClient(transport=transport, base_url="http://manager") as http:
@@ -144,7 +145,7 @@ def test_those_who_follow_are_told_of_each_change_and_a_new_manager_tells_all_at
 
 def test_keys_are_told_and_revoked_while_the_manager_still_waits_for_its_workers(tmp_path: Path) -> None:
     async def story() -> None:
-        async with open_store(f"sqlite+aiosqlite:///{tmp_path}/s.db") as store:
+        async with held(f"sqlite:///{tmp_path}/s.db") as store:
             await store.remember_worker("w", "http://127.0.0.1:1")
         async with running_pool(tmp_path, recovery_s=60) as pool:
             id, _ = await pool.make(name="a")
@@ -184,22 +185,6 @@ def test_keys_are_listed_in_one_order_whichever_manager_is_asked(tmp_path: Path)
             listed = await pool.listed()
         async with running_pool(tmp_path) as pool:
             assert await pool.listed() == listed
-
-    asyncio.run(story())
-
-
-def test_a_store_from_before_keys_opens_with_what_it_holds(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with open_store(f"sqlite+aiosqlite:///{tmp_path}/s.db") as store:
-            await store.remember_worker("w", "http://one")
-        with sqlite3.connect(tmp_path / "s.db") as connection:
-            connection.execute("DROP TABLE keys")
-            connection.execute("UPDATE meta SET value = 1 WHERE name = 'schema'")
-        async with open_store(f"sqlite+aiosqlite:///{tmp_path}/s.db") as store:
-            assert await store.worker_ids() == ["w"]
-            assert await store.keys() == []
-        with sqlite3.connect(tmp_path / "s.db") as connection:
-            assert connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (3,)
 
     asyncio.run(story())
 

@@ -10,14 +10,14 @@ from modelpool.core.learned import Learned, What, learn
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Model, ModelRegistered, ModelRemoved, Pool, Report, WorkerReported, apply
 from modelpool.manager.recollection import Recollection
-from modelpool.manager.store import open_store
 from modelpool.messages.models import ModelSpec
+from tests.stores import held
 
 LEARNED: Learned = learn(learn({}, "w", What.START, 2.0), "w", What.WAKE_1, 0.1)
 
 
 def url(path: Path) -> str:
-    return f"sqlite+aiosqlite:///{path}/s.db"
+    return f"sqlite:///{path}/s.db"
 
 
 def pool(*aliases: str) -> Pool:
@@ -31,9 +31,9 @@ def pool(*aliases: str) -> Pool:
 
 def test_what_was_learned_and_who_rests_is_known_to_the_next_manager(tmp_path: Path) -> None:
     async def story() -> None:
-        async with open_store(url(tmp_path)) as store:
+        async with held(url(tmp_path)) as store:
             await Recollection(store).save(pool("a", "b"))
-        async with open_store(url(tmp_path)) as store:
+        async with held(url(tmp_path)) as store:
             recalled = await Recollection(store).recall()
             assert recalled == {alias: (f"key of {alias}", LEARNED, True) for alias in ("a", "b")}
 
@@ -42,7 +42,7 @@ def test_what_was_learned_and_who_rests_is_known_to_the_next_manager(tmp_path: P
 
 def test_only_what_is_new_is_written(tmp_path: Path) -> None:
     async def story() -> None:
-        async with open_store(url(tmp_path)) as store:
+        async with held(url(tmp_path)) as store:
             recollection = Recollection(store)
             first = pool("a", "b")
             await recollection.save(first)
@@ -60,7 +60,7 @@ def test_only_what_is_new_is_written(tmp_path: Path) -> None:
 
 def test_it_goes_with_its_model(tmp_path: Path) -> None:
     async def story() -> None:
-        async with open_store(url(tmp_path)) as store:
+        async with held(url(tmp_path)) as store:
             recollection = Recollection(store)
             both = pool("a", "b")
             await recollection.save(both)
@@ -74,7 +74,7 @@ def test_it_goes_with_its_model(tmp_path: Path) -> None:
 
 def test_a_row_that_cannot_be_read_keeps_no_other_from_being_known(tmp_path: Path) -> None:
     async def story() -> None:
-        async with open_store(url(tmp_path)) as store:
+        async with held(url(tmp_path)) as store:
             await Recollection(store).save(pool("a", "b"))
             with sqlite3.connect(tmp_path / "s.db") as other:
                 other.execute("UPDATE experience SET measured = '[1]' WHERE alias = 'a'")
@@ -85,7 +85,7 @@ def test_a_row_that_cannot_be_read_keeps_no_other_from_being_known(tmp_path: Pat
 
 def test_what_cannot_be_written_now_is_written_with_the_next(tmp_path: Path) -> None:
     async def story() -> None:
-        async with open_store(url(tmp_path)) as store:
+        async with held(url(tmp_path)) as store:
             recollection = Recollection(store)
             with sqlite3.connect(tmp_path / "s.db") as other:
                 other.execute("ALTER TABLE experience RENAME TO away")
@@ -94,19 +94,5 @@ def test_what_cannot_be_written_now_is_written_with_the_next(tmp_path: Path) -> 
                 other.execute("ALTER TABLE away RENAME TO experience")
             await recollection.save(pool("a"))
             assert list(await recollection.recall()) == ["a"]
-
-    asyncio.run(story())
-
-
-def test_a_store_of_an_older_version_is_opened_as_it_is(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with open_store(url(tmp_path)) as store:
-            await store.add_model(ModelSpec(alias="a", fake=True), 0)
-        with sqlite3.connect(tmp_path / "s.db") as other:
-            other.execute("DROP TABLE experience")
-            other.execute("UPDATE meta SET value = 2 WHERE name = 'schema'")
-        async with open_store(url(tmp_path)) as store:
-            assert [each.spec.alias for each in await store.models()] == ["a"]
-            assert await Recollection(store).recall() == {}
 
     asyncio.run(story())

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from modelpool.messages.workers import WorkerDescription, WorkerInfo
+from modelpool.worker.fence import Fence
 from modelpool.worker.registration import Registration
 from tests.wire import on_uvloop, read_message, response, serving
 
@@ -50,7 +51,13 @@ async def registering(status: int, body: bytes) -> AsyncIterator[tuple[Manager, 
 
         manager.url = f"http://127.0.0.1:{endpoint.port}"
         registration = Registration(
-            manager_url=manager.url, token="t", info=info, describe=describe, changed=asyncio.Event(), interval_s=60
+            manager_url=manager.url,
+            token="t",
+            info=info,
+            describe=describe,
+            changed=asyncio.Event(),
+            fence=Fence(lambda: True),
+            interval_s=60,
         )
         running = asyncio.create_task(registration.run())
         try:
@@ -113,7 +120,13 @@ async def test_a_worker_whose_manager_is_away_says_how_to_find_one(caplog: pytes
 
     changed = asyncio.Event()
     registration = Registration(
-        manager_url=url, token="t", info=info, describe=describe, changed=changed, interval_s=60
+        manager_url=url,
+        token="t",
+        info=info,
+        describe=describe,
+        changed=changed,
+        fence=Fence(lambda: True),
+        interval_s=60,
     )
     running = asyncio.create_task(registration.run())
     while not caplog.records:

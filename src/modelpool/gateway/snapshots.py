@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import msgspec
 
+from modelpool.core.epoch import is_older
 from modelpool.errors import PoolError
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.table import Gap, Table
@@ -34,7 +35,7 @@ class SnapshotFeed:
         self._table = table
         self._keys = keys
         self._control = control
-        self._path = f"/snapshots?gateway={gateway}".encode()
+        self._gateway = gateway
         self._decoder: msgspec.json.Decoder[Update] = msgspec.json.Decoder(Update)
         self.heard_at: float | None = None
         """When the manager was last heard, on the loop's clock."""
@@ -66,7 +67,10 @@ class SnapshotFeed:
             pause = min(RETRY_MAX_S, pause * 2)
 
     async def _follow_once(self) -> None:
-        request = encode_request(b"GET", self._path, [], fixed=fixed_headers(self._control.endpoint))
+        # A gateway that knows no models follows whoever is there.
+        known = self._table.epoch if self._table.models() else ""
+        path = f"/snapshots?gateway={self._gateway}&epoch={known}".encode()
+        request = encode_request(b"GET", path, [], fixed=fixed_headers(self._control.endpoint))
         async with asyncio.timeout(SILENCE_S) as silence, fetch(self._control, request) as response:
             if response.status != 200:
                 raise Broken(f"its answer has status {response.status}")
@@ -83,6 +87,8 @@ class SnapshotFeed:
             update = self._decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken(f"its snapshot makes no sense: {error}") from error
+        if is_older(update.epoch, self._table.epoch):
+            raise Broken(f"it has epoch {update.epoch}, and a later one was heard: {self._table.epoch}")
         if isinstance(update, Keys | KeysDelta):
             self._keys.apply(update)
             return

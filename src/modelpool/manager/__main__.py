@@ -20,7 +20,7 @@ from modelpool.core.scaling import ScalingPolicy
 from modelpool.home import AlreadyRunning, Home, open_private
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import running_manager
-from modelpool.manager.store import StoreError, open_store
+from modelpool.manager.store import Deposed, Holder, StoreError, open_store
 from modelpool.settings import Settings, SettingsError, from_environment
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,12 @@ def main() -> int:
         settings = from_environment()
         process.enter("manager", log_level=settings.log_level)
         home = Home(settings.home_path)
-        with home.lock("manager"):
-            uvloop.run(serve(settings, home))
+        with home.lock("manager") as lock_id:
+            holder = Holder(id=lock_id, name=f"on {socket.gethostname()} (process {os.getpid()})")
+            uvloop.run(serve(settings, home, holder))
+    except Deposed as error:
+        log.error("ended: %s", error)
+        return 1
     except (process.StartupError, SettingsError, StoreError, AlreadyRunning, OSError) as error:
         hint = error.hint if isinstance(error, process.StartupError) else ""
         log.error("cannot start: %s", error)
@@ -41,7 +45,7 @@ def main() -> int:
     return 0
 
 
-async def serve(settings: Settings, home: Home) -> None:
+async def serve(settings: Settings, home: Home, holder: Holder) -> None:
     """Serve until SIGTERM or SIGINT."""
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -68,8 +72,11 @@ async def serve(settings: Settings, home: Home) -> None:
         backoff_max_s=settings.manager.backoff_max_s,
     )
     async with AsyncExitStack() as stack:
-        open_private(home.store, "ab").close()  # before SQLite makes it; what it makes beside it is alike
-        store = await stack.enter_async_context(open_store(f"sqlite+aiosqlite:///{home.store}"))
+        url = settings.manager.store_url
+        if not url:
+            open_private(home.store, "ab").close()  # before SQLite makes it; what it makes beside it is alike
+            url = f"sqlite:///{home.store}"
+        store = await stack.enter_async_context(open_store(url))
         manager = await stack.enter_async_context(
             running_manager(
                 store,
@@ -78,6 +85,8 @@ async def serve(settings: Settings, home: Home) -> None:
                 run_id=settings.run_id,
                 recovery_s=settings.manager.recovery_s,
                 gateways=settings.gateway.urls_elsewhere,
+                holder=holder,
+                lease_s=settings.manager.lease_s,
             )
         )
         app = control_app(manager)

@@ -49,12 +49,12 @@ def control_app(manager: ManagerPort) -> FastAPI:
         return answer(document(app))
 
     @app.get("/snapshots", include_in_schema=False)
-    async def snapshots(gateway: str = "") -> Response:
+    async def snapshots(gateway: str = "", epoch: str = "") -> Response:
         async def lines() -> AsyncIterator[bytes]:
-            async for update in manager.snapshots(gateway):
+            async for update in manager.snapshots(gateway, epoch):
                 yield b"\n" if update is None else msgspec.json.encode(update) + b"\n"
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return StreamingResponse(await _begun(lines()), media_type="application/x-ndjson")
 
     return app
 
@@ -75,8 +75,7 @@ def _add_model_routes(app: FastAPI, manager: ManagerPort) -> None:
     @app.get("/admin/models/{alias:path}/logs")
     async def logs(alias: str, tail: Annotated[int, Query(ge=0, le=1_000_000)] = 200, follow: bool = False) -> Response:
         chunks = manager.logs(alias, tail=tail, follow=follow)
-        first = await anext(chunks, b"")  # an error comes out here, while there is still a status to give it
-        return StreamingResponse(_chain(first, chunks), media_type="text/plain; charset=utf-8")
+        return StreamingResponse(await _begun(chunks), media_type="text/plain; charset=utf-8")
 
     @app.get("/admin/models/{alias:path}")
     async def model(alias: str) -> Response:
@@ -127,7 +126,13 @@ def _add_key_routes(app: FastAPI, manager: ManagerPort) -> None:
         return answer(await manager.revoke_key(id))
 
 
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for chunk in rest:
-        yield chunk
+async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same chunks. An error before the first one comes out here, while there is still a status to give it."""
+    first = await anext(chunks, b"")
+
+    async def chain() -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return chain()

@@ -15,7 +15,7 @@ import msgspec
 from modelpool.errors import Conflict, NotFound
 from modelpool.manager.store import Store, StoredKey
 from modelpool.messages.keys import ID_PREFIX, SECRET_PREFIX, KeyMade, KeySpec, KeyView
-from modelpool.messages.routing import KeyEntry, Keys, KeysDelta
+from modelpool.messages.routing import KeyEntry, Keys, KeysDelta, KeysUpdate
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,8 @@ class KeyNotFound(NotFound):
 class KeyRegister:
     """All keys that were ever made. A change is in the store before it is told, and told before its caller is."""
 
-    def __init__(self, store: Store, *, epoch: str, tell: Callable[[KeysDelta], None]) -> None:
+    def __init__(self, store: Store, *, tell: Callable[[KeysUpdate], None]) -> None:
         self._store = store
-        self._epoch = epoch
         self._tell = tell
         self._sequence = 0
         self._required = False
@@ -39,6 +38,15 @@ class KeyRegister:
     async def recall(self) -> None:
         self._required = await self._store.has_keys()
         self._keys = {key.id: key for key in await self._store.keys()}
+
+    async def reread(self) -> None:
+        """Know what the store knows, and tell it, where that is something else. Raises StoreError."""
+        async with self._writing:
+            before = self._keys
+            await self.recall()
+            if self._keys != before:
+                self._sequence += 1
+                self._tell(self.update())
 
     async def make(self, spec: KeySpec) -> KeyMade:
         """Raises Conflict where a live key has that name."""
@@ -87,11 +95,11 @@ class KeyRegister:
     def update(self) -> Keys:
         """What a gateway that begins to follow is told."""
         live = tuple(_entry(key) for key in self._keys.values() if key.revoked is None)
-        return Keys(epoch=self._epoch, sequence=self._sequence, required=self._required, keys=live)
+        return Keys(epoch=self._store.epoch, sequence=self._sequence, required=self._required, keys=live)
 
     def _changed(self, *, made: tuple[KeyEntry, ...] = (), revoked: tuple[str, ...] = ()) -> None:
         self._sequence += 1
-        self._tell(KeysDelta(epoch=self._epoch, sequence=self._sequence, made=made, revoked=revoked))
+        self._tell(KeysDelta(epoch=self._store.epoch, sequence=self._sequence, made=made, revoked=revoked))
 
 
 def _entry(key: StoredKey) -> KeyEntry:

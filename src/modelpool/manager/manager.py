@@ -10,6 +10,8 @@ import asyncio
 import difflib
 import hashlib
 import logging
+import os
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -21,12 +23,14 @@ import msgspec
 from modelpool import __version__
 from modelpool.core import pool as core
 from modelpool.core.demand import Seen
+from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
 from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
 from modelpool.manager.keys import KeyRegister
+from modelpool.manager.lease import Lease
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
-from modelpool.manager.store import Store
+from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
@@ -41,6 +45,7 @@ from modelpool.messages.workers import (
     InstanceReport,
     RegisterWorker,
     StartOrder,
+    WorkerDescription,
     WorkerInfo,
 )
 
@@ -50,47 +55,68 @@ _SUBSCRIBER_BACKLOG = 256
 _TELL_S = 0.5
 _WATCH_RETRY_S = 1.0
 _FIRST_START_ONLY = ("fetch", "import")
+_NO_LEASE_S = 0.5
+"""How often it is looked whether there is a lease again."""
 _NAME_HELD_S = 15.0
 """A worker that was heard within this keeps its name."""
 
 
 @asynccontextmanager
 async def running_manager(
-    store: Store, *, policy: core.Policy, token: str, run_id: str, recovery_s: float, gateways: tuple[str, ...] = ()
+    store: Store,
+    *,
+    policy: core.Policy,
+    token: str,
+    run_id: str,
+    recovery_s: float,
+    gateways: tuple[str, ...] = (),
+    holder: Holder | None = None,
+    lease_s: float = LEASE_S,
 ) -> AsyncIterator[Manager]:
-    """A manager that knows what the store knows and acts. On the way out its tasks have ended; instances run on."""
-    client = WorkerClient(token)
-    manager = Manager(store, client, epoch=await store.next_epoch(), run_id=run_id, gateways=gateways)
-    await manager.recall(policy, recovery_s)
+    """A manager that holds the store, knows what it knows, and acts. On the way out its tasks have ended; instances
+    run on. Raises Deposed when another manager takes over.
+    """
+    await store.take_over(holder or Holder(id=secrets.token_hex(8), name=f"process {os.getpid()}"), lease_s)
+    client = WorkerClient(token, epoch=lambda: store.epoch)
+    manager = Manager(store, client, lease_s=lease_s, run_id=run_id, gateways=gateways)
     try:
+        await manager.recall(policy, recovery_s)
         async with asyncio.TaskGroup() as tasks:
             manager.attach(tasks)
-            own = [tasks.create_task(manager.act()), tasks.create_task(manager.remember())]
+            own = [manager.act(), manager.remember(), manager.lease.keep()]
+            working = [tasks.create_task(each) for each in own]
             try:
                 yield manager
             finally:
-                for task in own:
+                for task in working:
                     task.cancel()
                 manager.detach()
             await manager.save()
+    except BaseExceptionGroup as group:
+        if deposed := group.subgroup(Deposed):
+            raise deposed.exceptions[0] from None
+        raise
     finally:
         await client.aclose()
+        with suppress(StoreError):
+            await store.let_go()
 
 
 class Manager:
     """The embedded implementation of ManagerPort. Use `running_manager`."""
 
     def __init__(
-        self, store: Store, client: WorkerClient, *, epoch: int, run_id: str, gateways: tuple[str, ...]
+        self, store: Store, client: WorkerClient, *, lease_s: float, run_id: str, gateways: tuple[str, ...]
     ) -> None:
         self._store = store
         self._client = client
-        self._epoch = str(epoch)
+        self.lease = Lease(store, lease_s, back=self._reread)
         self._run_id = run_id
         self._gateways = gateways
         self._pool = core.Pool()
         self._specs: dict[str, ModelSpec] = {}
         self._facts: dict[str, views.WorkerFacts] = {}
+        self._awaited: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._acted = asyncio.Event()
         self._recollection = Recollection(store)
@@ -104,16 +130,17 @@ class Manager:
         self._published: dict[str, ModelEntry] | None = None
         self._sequence = 0
         self._subscribers: set[asyncio.Queue[Update]] = set()
-        self._keys = KeyRegister(store, epoch=self._epoch, tell=self._send)
+        self._keys = KeyRegister(store, tell=self._send)
 
     # ------------------------------------------------------------ its life
 
     async def recall(self, policy: core.Policy, recovery_s: float) -> None:
         """Read the store. Workers known from before are awaited, so that what they run is adopted, not doubled."""
+        await self.lease.renew()
         await self._keys.recall()
         now = _now()
-        awaited = frozenset(await self._store.worker_ids())
-        self._pool = core.Pool(policy=policy, awaited=awaited, recover_until=now + recovery_s)
+        self._awaited = await self._store.workers()
+        self._pool = core.Pool(policy=policy, awaited=frozenset(self._awaited), recover_until=now + recovery_s)
         experience = await self._recollection.recall()
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
@@ -123,7 +150,7 @@ class Manager:
             if key == model.key:
                 known = core.ModelRegistered(model, learned, resting)
             self._pool = core.apply(self._pool, known, now)
-        log.info("epoch %s: %d models, %d workers awaited", self._epoch, len(self._specs), len(awaited))
+        log.info("epoch %s: %d models, %d workers awaited", self._store.epoch, len(self._specs), len(self._awaited))
 
     def attach(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks
@@ -135,9 +162,11 @@ class Manager:
 
     async def act(self) -> None:
         """Reconcile and publish whenever something changed or time is due, until cancelled."""
+        for worker_id, url in self._awaited.items():
+            self._own(self._ask(worker_id, url))
         while True:
             self._act_now()
-            due = next_deadline(self._pool)
+            due = next_deadline(self._pool) if self.lease.valid else _now() + _NO_LEASE_S
             try:
                 async with asyncio.timeout(None if due is None else max(0.01, due - _now())):
                     await self._changed.wait()
@@ -146,11 +175,13 @@ class Manager:
 
     def _act_now(self) -> None:
         now = _now()
-        self._pool, effects = reconcile(core.apply(self._pool, core.Tick(), now), now)
+        self._pool = core.apply(self._pool, core.Tick(), now)
         self._changed.clear()
         self._acted.set()
-        for effect in effects:
-            self._own(self._order(effect))
+        if self.lease.valid:
+            self._pool, effects = reconcile(self._pool, now)
+            for effect in effects:
+                self._own(self._order(effect))
         self._publish()
 
     async def remember(self) -> None:
@@ -186,6 +217,9 @@ class Manager:
             return
         if key in self._ordering:
             self._postponed.add(key)
+            return
+        if not self.lease.valid:
+            self._apply(core.OrderPostponed(key))
             return
         self._ordering.add(key)
         try:
@@ -244,6 +278,52 @@ class Manager:
         await self._client.wake(url, effect.instance)
         self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
 
+    async def _outlive(self, epoch: str) -> None:
+        """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
+
+        Raises Conflict where it is of another cluster, Deposed where it is of a manager that came after this one.
+        """
+        if is_foreign(epoch, self._store.epoch):
+            raise Conflict(
+                f"What is there belongs to the cluster `{cluster_of(epoch)}`; the store of this manager is that of "
+                f"`{cluster_of(self._store.epoch)}`. Give the manager its own store back (MODELPOOL_STORE_URL).",
+                code="other_cluster",
+            )
+        async with self._writing:
+            if is_older(self._store.epoch, epoch):
+                before = self._store.epoch
+                await self._store.go_past(number_of(epoch))
+                log.warning(
+                    "epoch %s was known elsewhere; this manager goes from %s to %s", epoch, before, self._store.epoch
+                )
+                self._tell_all()
+
+    async def _reread(self) -> None:
+        """Know what the store knows, after a write of which nobody knows whether it was done. Raises StoreError."""
+        async with self._writing:
+            stored = {each.spec.alias: each for each in await self._store.models()}
+            remembered = await self._store.workers()
+            for alias in [alias for alias in self._specs if alias not in stored]:
+                self._forget_model(alias)
+            for alias, each in stored.items():
+                if self._specs.get(alias) != each.spec:
+                    self._take_model(each.spec, each.created)
+            for worker_id, facts in self._facts.items():
+                if worker_id not in remembered:
+                    await self._store.remember_worker(worker_id, facts.info.url)
+        await self._keys.reread()
+        self._changed.set()
+
+    def _take_model(self, spec: ModelSpec, created: int) -> None:
+        """What the store has of a model: it is new, or has changed."""
+        model = _model(spec, created)
+        self._apply(core.ModelChanged(model) if spec.alias in self._specs else core.ModelRegistered(model))
+        self._specs[spec.alias] = spec
+
+    def _forget_model(self, alias: str) -> None:
+        del self._specs[alias]
+        self._apply(core.ModelRemoved(alias))
+
     # ------------------------------------------------------------ models
 
     async def register_model(self, spec: ModelSpec) -> ModelView:
@@ -262,10 +342,8 @@ class Manager:
                 )
             if known is None:
                 created = int(time.time())
-                model = _model(spec, created)
                 await self._store.add_model(spec, created)
-                self._specs[spec.alias] = spec
-                self._apply(core.ModelRegistered(model))
+                self._take_model(spec, created)
                 self._act_now()
                 await self._told_gateways()  # before its user is: their first request may come at once
                 log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
@@ -278,8 +356,7 @@ class Manager:
             spec = changed(before, change)
             if spec != before:
                 await self._store.change_model(spec)
-                self._specs[alias] = spec
-                self._apply(core.ModelChanged(_model(spec, self._pool.models[alias].created)))
+                self._take_model(spec, self._pool.models[alias].created)
                 self._act_now()
                 await self._told_gateways()
                 log.info("changed %s: %s", alias, ", ".join(_differences(before, spec)))
@@ -289,8 +366,7 @@ class Manager:
         async with self._writing:
             self._require(alias)
             await self._store.remove_model(alias)
-            del self._specs[alias]
-            self._apply(core.ModelRemoved(alias))
+            self._forget_model(alias)
             self._act_now()
             await self._told_gateways()  # no request that comes after the answer is served any more
             log.info("removed %s", alias)
@@ -360,12 +436,37 @@ class Manager:
         info = message.info
         _check_url(info.url)
         self._check_name(info)
-        async with self._writing:
-            await self._store.remember_worker(info.worker_id, info.url)
+        await self._outlive(message.epoch)
+        await self._remember(info)
         log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
         self._heard(info, message)
         self._watch(info, anew=True)
-        return HeartbeatAnswer(gateways=self._gateways)
+        return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
+
+    async def _ask(self, worker_id: str, url: str) -> None:
+        """What a worker that is known from before runs now, rather than wait until it speaks."""
+        try:
+            found = await self._client.describe(url)
+        except WorkerUnreachable as error:
+            log.info("worker %s does not answer at %s: %s", worker_id, url, error)
+            return
+        if found.info.worker_id == worker_id and worker_id not in self._facts:
+            log.info("worker %s runs on at %s with %d instances", worker_id, url, len(found.instances))
+            self._heard(found.info, found)
+            self._watch(found.info)
+
+    async def _remember(self, info: WorkerInfo) -> None:
+        """So that the next manager waits for it. It is taken all the same while the store is out."""
+        known = self._facts.get(info.worker_id)
+        if known is not None and known.info.url == info.url:
+            return
+        try:
+            async with self._writing:
+                await self._store.remember_worker(info.worker_id, info.url)
+        except Deposed:
+            raise
+        except StoreError as error:
+            log.warning("worker %s is written down later: %s", info.worker_id, error)
 
     def _check_name(self, info: WorkerInfo) -> None:
         """Raises Conflict where another live worker has this name: the two would take each other's place for ever."""
@@ -386,9 +487,9 @@ class Manager:
             raise WorkerNotFound(f"The worker `{worker_id}` is not registered with this manager.")
         self._heard(facts.info, message)
         self._watch(facts.info)
-        return HeartbeatAnswer(gateways=self._gateways)
+        return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
-    def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat) -> None:
+    def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat | WorkerDescription) -> None:
         self._facts[info.worker_id] = views.WorkerFacts(
             info=info,
             devices=said.devices,
@@ -412,8 +513,9 @@ class Manager:
         facts = self._facts.get(worker_id)
         if facts is None:
             raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
-        async with self._writing:
-            await self._store.forget_worker(worker_id)
+        with suppress(StoreError):  # the next manager waits for it in vain, and not long
+            async with self._writing:
+                await self._store.forget_worker(worker_id)
         log.info("worker %s leaves", worker_id)
         self._apply(core.WorkerLeft(worker_id, facts.info.incarnation))
         if worker_id not in self._pool.workers:
@@ -455,7 +557,7 @@ class Manager:
         return PoolStatus(
             version=__version__,
             run_id=self._run_id,
-            epoch=self._epoch,
+            epoch=self._store.epoch,
             recovering=self._pool.recovering,
             models=tuple(await self.models()),
             workers=tuple(await self.workers()),
@@ -482,10 +584,17 @@ class Manager:
         removed = tuple(alias for alias in before if alias not in entries)
         if changed or removed:
             self._sequence += 1
-            self._send(Delta(epoch=self._epoch, sequence=self._sequence, changed=changed, removed=removed))
+            self._send(Delta(epoch=self._store.epoch, sequence=self._sequence, changed=changed, removed=removed))
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(epoch=self._epoch, sequence=self._sequence, models=dict(self._published or {}))
+        return Snapshot(epoch=self._store.epoch, sequence=self._sequence, models=dict(self._published or {}))
+
+    def _tell_all(self) -> None:
+        """Send the gateways all of it anew."""
+        self._send(self._keys.update())
+        if self._published is not None:
+            self._sequence += 1
+            self._send(self._snapshot())
 
     def _send(self, update: Update) -> None:
         for queue in list(self._subscribers):
@@ -494,7 +603,8 @@ class Manager:
             except asyncio.QueueFull:
                 self._subscribers.discard(queue)  # it sees no more keepalives, and asks for a new snapshot
 
-    async def snapshots(self, gateway: str = "") -> AsyncIterator[Update | None]:
+    async def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
+        await self._outlive(epoch)
         queue: asyncio.Queue[Update] = asyncio.Queue(_SUBSCRIBER_BACKLOG)
         self._subscribers.add(queue)
         whole: list[Update] = [self._keys.update()]

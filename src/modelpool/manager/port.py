@@ -62,10 +62,11 @@ class ManagerPort(Protocol):
     async def demand(self, report: DemandReport) -> None:
         """What a gateway has waiting and in flight."""
 
-    def snapshots(self, gateway: str = "") -> AsyncIterator[Update | None]:
+    def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
         """Keys and routing table, first whole, then changes; None where there was nothing for KEEPALIVE_S.
 
-        With its end the demand that `gateway` reported ends too.
+        With its end the demand that `gateway` reported ends too. `epoch`: the one that it knows. Raises Conflict
+        where that is of another cluster.
         """
 
     def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:

@@ -1,71 +1,60 @@
-"""What survives the manager: models and what was learned of them, API keys, the workers that were known, the epoch."""
+"""What survives the manager: models and what was learned of them, API keys, the workers that were known; and who the
+manager is.
+
+Of all managers that use a store, one holds it: the one that came last, as long as its lease lasts. Every write is one
+transaction that begins by making sure of that, and is on disk when the call returns.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import asyncpg
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
+from modelpool.core.epoch import epoch_of
 from modelpool.errors import PoolFault
+from modelpool.manager import tables
+from modelpool.manager.migrations import HEAD, UnknownSchema, migrate
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 3
-_OPENED_AS_THEY_ARE = (1, 2)
-"""Older schemas that lack tables only, which are made."""
-_metadata = sa.MetaData()
-_meta = sa.Table(
-    "meta",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("value", sa.Integer, nullable=False),
-)
-_models = sa.Table(
-    "models",
-    _metadata,
-    sa.Column("alias", sa.String, primary_key=True),
-    sa.Column("spec", sa.JSON, nullable=False),
-    sa.Column("created", sa.Integer, nullable=False),
-)
-_workers = sa.Table(
-    "workers",
-    _metadata,
-    sa.Column("worker_id", sa.String, primary_key=True),
-    sa.Column("url", sa.String, nullable=False),
-)
-_experience = sa.Table(
-    "experience",
-    _metadata,
-    sa.Column("alias", sa.String, primary_key=True),
-    sa.Column("key", sa.String, nullable=False),
-    sa.Column("resting", sa.Boolean, nullable=False),
-    sa.Column("measured", sa.JSON, nullable=False),
-)
-_keys = sa.Table(
-    "keys",
-    _metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("digest", sa.String, nullable=False, unique=True),
-    sa.Column("spec", sa.JSON, nullable=False),
-    sa.Column("created", sa.Integer, nullable=False),
-    sa.Column("revoked", sa.Integer),
-)
+T = TypeVar("T")
+
+LEASE_S = 10.0
+_LOOK_S = 0.25
+_CLOCK_S = 0.05
+ANSWER_S = 5.0
+"""A store that has not answered by then is taken to be out."""
 
 
 class StoreError(PoolFault):
-    """The store cannot be read or written; what was asked for was not done."""
+    """The store cannot be read or written; what was asked for was not done, or nobody knows whether it was."""
 
     status = 503
     code = "store_unavailable"
+
+
+class StoreInUse(StoreError):
+    """Another manager holds the store, and renews its lease."""
+
+
+class Deposed(StoreError):
+    """Another manager has taken the store over since. This one may not change anything any more."""
+
+    code = "manager_away"
 
 
 class StoredModel(msgspec.Struct, frozen=True):
@@ -73,12 +62,12 @@ class StoredModel(msgspec.Struct, frozen=True):
     created: int
 
 
-def _stored_model(alias: str, spec: object, created: int) -> StoredModel | None:
+def _stored_model(row: sa.Row[Any]) -> StoredModel | None:
     """A row as a model. One that this version cannot read must not keep all others from being served."""
     try:
-        return StoredModel(msgspec.convert(spec, ModelSpec), created)
+        return StoredModel(msgspec.convert(row.spec, ModelSpec), row.created)
     except msgspec.ValidationError as error:
-        log.error("the stored model `%s` is left out: %s", alias, error)
+        log.error("the stored model `%s` is left out: %s", row.alias, error)
         return None
 
 
@@ -121,118 +110,271 @@ def _stored_key(row: sa.Row[Any]) -> StoredKey | None:
     return StoredKey(id=row.id, digest=row.digest, spec=spec, created=row.created, revoked=row.revoked)
 
 
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """A manager process. No two that live at once have the same `id`: what held the store under it has ended.
+
+    `name` is for people: host and process.
+    """
+
+    id: str
+    name: str
+
+
+class _Held(msgspec.Struct, frozen=True):
+    by: str
+    left_s: float
+
+
 class Store:
-    """An open store. Every write is one transaction and is on disk when the call returns."""
+    """An open store. Reading is for anybody, writing for its holder (`take_over`)."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, answer_s: float) -> None:
         self._engine = engine
+        self._answer_s = answer_s
+        self._cluster = ""
+        self._number = 0
+        self._lease_s = LEASE_S
+        self.trouble = asyncio.Event()
+        """Set when a write failed: whether it was done is not known. Whoever looks into it clears it."""
+        # Transactions that were given up: the driver still waits for a database that says nothing.
+        self._given_up: set[asyncio.Task[Any]] = set()
 
-    async def next_epoch(self) -> int:
-        """Count the managers that have used this store; each gets a number of its own."""
+    # ------------------------------------------------------------ who holds it
+
+    @property
+    def epoch(self) -> str:
+        """Of the manager that holds it here."""
+        return epoch_of(self._cluster, self._number)
+
+    async def take_over(self, holder: Holder, lease_s: float = LEASE_S) -> None:
+        """Hold the store, as soon as whoever held it has let its lease run out. Raises StoreInUse, StoreError."""
+        self._lease_s = lease_s
+        give_up: float | None = None
+        while held := await self._within(self._take(holder)):
+            now = asyncio.get_running_loop().time()
+            if give_up is None:
+                log.info("waiting up to %.1f s for the lease of the manager %s to end", held.left_s, held.by)
+                give_up = now + held.left_s + _CLOCK_S
+            elif now >= give_up:
+                raise StoreInUse(f"The store is in use by the manager {held.by}, which is alive.")
+            await asyncio.sleep(min(_LOOK_S, held.left_s + _CLOCK_S))
+
+    async def _take(self, holder: Holder) -> _Held | None:
+        """Who holds it; None: it is ours now."""
+        row = tables.cluster.c
+        free = sa.or_(row.holder == holder.id, row.lease_until <= _clock())
+        mine = {"epoch": row.epoch + 1, "holder": holder.id, "held_by": holder.name}
+        taken = sa.update(tables.cluster).where(free).values(**mine, lease_until=_clock() + self._lease_s)
         async with _transaction(self._engine) as connection:
-            row = (await connection.execute(sa.select(_meta.c.value).where(_meta.c.name == "epoch"))).first()
-            epoch = (row.value if row else 0) + 1
-            await connection.execute(sa.delete(_meta).where(_meta.c.name == "epoch"))
-            await connection.execute(sa.insert(_meta).values(name="epoch", value=epoch))
-            return cast(int, epoch)
+            ours = (await connection.execute(taken.returning(row.cluster, row.epoch))).first()
+            if ours is not None:
+                self._cluster, self._number = ours.cluster, ours.epoch
+                return None
+            other = (await connection.execute(sa.select(row.held_by, row.lease_until - _clock()))).one()
+            return _Held(other[0], max(0.0, other[1]))
+
+    async def renew(self) -> None:
+        """Hold the store for another lease. Raises Deposed, StoreError."""
+        await self._write()
+
+    async def go_past(self, number: int) -> None:
+        """Give this manager an epoch above `number`: after a restore the store may know less than the workers do.
+
+        Raises Deposed where it was another manager that went there.
+        """
+        await self._write(sa.update(tables.cluster).values(epoch=number + 1))
+        self._number = number + 1
+
+    async def let_go(self) -> None:
+        """The next manager need not wait."""
+        await self._write(sa.update(tables.cluster).values(lease_until=0.0))
+
+    # ------------------------------------------------------------ models
 
     async def models(self) -> list[StoredModel]:
-        async with _transaction(self._engine) as connection:
-            rows = await connection.execute(sa.select(_models).order_by(_models.c.created, _models.c.alias))
-            stored = [_stored_model(row.alias, row.spec, row.created) for row in rows]
-            return [each for each in stored if each is not None]
+        rows = await self._read(sa.select(tables.models).order_by(tables.models.c.created, tables.models.c.alias))
+        return [each for each in map(_stored_model, rows) if each is not None]
 
     async def add_model(self, spec: ModelSpec, created: int) -> None:
-        raw = json.loads(msgspec.json.encode(spec))
-        async with _transaction(self._engine) as connection:
-            await connection.execute(sa.insert(_models).values(alias=spec.alias, spec=raw, created=created))
+        await self._write(sa.insert(tables.models).values(alias=spec.alias, spec=_raw(spec), created=created))
 
     async def change_model(self, spec: ModelSpec) -> None:
-        raw = json.loads(msgspec.json.encode(spec))
-        async with _transaction(self._engine) as connection:
-            await connection.execute(sa.update(_models).where(_models.c.alias == spec.alias).values(spec=raw))
+        await self._write(sa.update(tables.models).where(tables.models.c.alias == spec.alias).values(spec=_raw(spec)))
 
     async def remove_model(self, alias: str) -> None:
-        async with _transaction(self._engine) as connection:
-            await connection.execute(sa.delete(_models).where(_models.c.alias == alias))
-            await connection.execute(sa.delete(_experience).where(_experience.c.alias == alias))
+        await self._write(
+            sa.delete(tables.models).where(tables.models.c.alias == alias),
+            sa.delete(tables.experience).where(tables.experience.c.alias == alias),
+        )
 
     async def experience(self) -> list[StoredExperience]:
-        async with _transaction(self._engine) as connection:
-            rows = await connection.execute(sa.select(_experience))
-            stored = [_stored_experience(row) for row in rows]
-            return [each for each in stored if each is not None]
+        rows = await self._read(sa.select(tables.experience))
+        return [each for each in map(_stored_experience, rows) if each is not None]
 
     async def keep_experience(self, new: Sequence[StoredExperience]) -> None:
         """In the place of what was kept of these models."""
-        rows = [msgspec.to_builtins(each) for each in new]
-        async with _transaction(self._engine) as connection:
-            stale = sa.delete(_experience).where(_experience.c.alias == sa.bindparam("of"))
-            await connection.execute(stale, [{"of": each.alias} for each in new])
-            await connection.execute(sa.insert(_experience), rows)
+        stale = sa.delete(tables.experience).where(tables.experience.c.alias == sa.bindparam("of"))
+        await self._write(
+            (stale, [{"of": each.alias} for each in new]),
+            (sa.insert(tables.experience), [msgspec.to_builtins(each) for each in new]),
+        )
+
+    # ------------------------------------------------------------ keys
 
     async def keys(self) -> list[StoredKey]:
         """All keys that were ever made."""
-        async with _transaction(self._engine) as connection:
-            rows = await connection.execute(sa.select(_keys))
-            stored = [_stored_key(row) for row in rows]
-            return [each for each in stored if each is not None]
+        rows = await self._read(sa.select(tables.keys))
+        return [each for each in map(_stored_key, rows) if each is not None]
 
     async def has_keys(self) -> bool:
         """Whether one was ever made, readable or not."""
-        async with _transaction(self._engine) as connection:
-            return (await connection.execute(sa.select(_keys.c.id).limit(1))).first() is not None
+        return bool(await self._read(sa.select(tables.keys.c.id).limit(1)))
 
     async def add_key(self, key: StoredKey) -> None:
-        raw = json.loads(msgspec.json.encode(key.spec))
-        async with _transaction(self._engine) as connection:
-            values = {"id": key.id, "digest": key.digest, "spec": raw, "created": key.created, "revoked": key.revoked}
-            await connection.execute(sa.insert(_keys).values(**values))
+        values = {"id": key.id, "digest": key.digest, "spec": _raw(key.spec), "created": key.created}
+        await self._write(sa.insert(tables.keys).values(**values, revoked=key.revoked))
 
     async def revoke_key(self, id: str, revoked: int) -> None:
-        async with _transaction(self._engine) as connection:
-            await connection.execute(sa.update(_keys).where(_keys.c.id == id).values(revoked=revoked))
+        await self._write(sa.update(tables.keys).where(tables.keys.c.id == id).values(revoked=revoked))
 
-    async def worker_ids(self) -> list[str]:
-        async with _transaction(self._engine) as connection:
-            rows = await connection.execute(sa.select(_workers.c.worker_id))
-            return [row.worker_id for row in rows]
+    # ------------------------------------------------------------ workers
+
+    async def workers(self) -> dict[str, str]:
+        """Their URLs, by their names."""
+        return {row.worker_id: row.url for row in await self._read(sa.select(tables.workers))}
 
     async def remember_worker(self, worker_id: str, url: str) -> None:
-        async with _transaction(self._engine) as connection:
-            await connection.execute(sa.delete(_workers).where(_workers.c.worker_id == worker_id))
-            await connection.execute(sa.insert(_workers).values(worker_id=worker_id, url=url))
+        await self._write(
+            sa.delete(tables.workers).where(tables.workers.c.worker_id == worker_id),
+            sa.insert(tables.workers).values(worker_id=worker_id, url=url),
+        )
 
     async def forget_worker(self, worker_id: str) -> None:
-        async with _transaction(self._engine) as connection:
-            await connection.execute(sa.delete(_workers).where(_workers.c.worker_id == worker_id))
+        await self._write(sa.delete(tables.workers).where(tables.workers.c.worker_id == worker_id))
+
+    # ------------------------------------------------------------ transactions
+
+    async def _read(self, query: sa.Select[Any]) -> list[sa.Row[Any]]:
+        async def read() -> list[sa.Row[Any]]:
+            async with _transaction(self._engine) as connection:
+                return list((await connection.execute(query)).all())
+
+        return await self._within(read())
+
+    async def _write(self, *statements: sa.Executable | tuple[sa.Executable, list[dict[str, Any]]]) -> None:
+        """All of it or nothing, as the holder, whose lease is renewed by it. A statement may come with its rows."""
+
+        async def write() -> None:
+            async with _transaction(self._engine) as connection:
+                await self._make_sure(connection)
+                for each in statements:
+                    statement, rows = each if isinstance(each, tuple) else (each, None)
+                    await connection.execute(statement, rows)
+
+        try:
+            await self._within(write())
+        except BaseException:
+            self.trouble.set()
+            raise
+
+    async def _make_sure(self, connection: AsyncConnection) -> None:
+        """This manager holds the store until the end of the transaction: the row stays locked. Raises Deposed."""
+        mine = sa.update(tables.cluster).where(tables.cluster.c.epoch == self._number)
+        held = await connection.execute(mine.values(lease_until=_clock() + self._lease_s))
+        if held.rowcount == 0:
+            raise Deposed(f"Another manager has taken over from this one, which had epoch {self.epoch}.")
+
+    async def _within(self, work: Awaitable[T]) -> T:
+        """Do not wait longer than `answer_s`, nor for a driver that cannot be cancelled while its server is silent."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task}, timeout=self._answer_s)
+        finally:
+            if not task.done():
+                self._given_up.add(task)
+                task.add_done_callback(self._forget)
+                task.cancel()
+                await self._engine.dispose(close=False)
+        if not task.done():
+            raise StoreError(f"The store has not answered for {self._answer_s:g} s.")
+        return task.result()
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._given_up.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def close(self) -> None:
+        if self._given_up:
+            await asyncio.wait(self._given_up, timeout=1.0)
+        async with asyncio.timeout(self._answer_s):
+            await self._engine.dispose()
+
+
+def _raw(spec: ModelSpec | KeySpec) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(msgspec.json.encode(spec)))
 
 
 @asynccontextmanager
-async def open_store(url: str) -> AsyncIterator[Store]:
-    """The store at a SQLAlchemy URL (`sqlite+aiosqlite:///path`), made if it is new. Raises StoreError."""
-    engine = create_async_engine(url)
+async def open_store(url: str, *, answer_s: float = ANSWER_S) -> AsyncIterator[Store]:
+    """The store at a URL, made if it is new, brought to this version's tables if it is old. Raises StoreError.
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    def configure(connection: sa.engine.interfaces.DBAPIConnection, _: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
+    `postgresql://…` as libpq has it, or `sqlite:///` and an absolute path.
+    """
+    engine = _engine(url, answer_s)
+    store = Store(engine, answer_s)
+
+    async def prepare() -> None:
+        async with _transaction(engine) as connection:
+            await connection.run_sync(migrate)
 
     try:
-        async with _transaction(engine) as connection:
-            await connection.run_sync(_metadata.create_all)
-            row = (await connection.execute(sa.select(_meta.c.value).where(_meta.c.name == "schema"))).first()
-            if row is None:
-                await connection.execute(sa.insert(_meta).values(name="schema", value=_SCHEMA_VERSION))
-            elif row.value in _OPENED_AS_THEY_ARE:
-                await connection.execute(sa.update(_meta).where(_meta.c.name == "schema").values(value=_SCHEMA_VERSION))
-            elif row.value != _SCHEMA_VERSION:
-                raise StoreError(f"The store is of schema {row.value}; this version knows {_SCHEMA_VERSION}.")
-        yield Store(engine)
+        try:
+            await prepare()
+        except UnknownSchema as error:
+            raise StoreError(f"The store is of schema {error}; this version knows {HEAD}.") from error
+        yield store
     finally:
-        await engine.dispose()
+        await store.close()
+
+
+def _engine(url: str, answer_s: float) -> AsyncEngine:
+    """Raises StoreError for a URL of another kind."""
+    scheme, _, rest = url.partition("://")
+    if scheme in ("postgresql", "postgres"):
+
+        async def connect() -> asyncpg.Connection[asyncpg.Record]:
+            # Given the URL as it is: SQLAlchemy's reading of it knows no `sslmode`, and no second host.
+            return await asyncpg.connect(
+                url,
+                timeout=answer_s,
+                server_settings={
+                    "application_name": "modelpool manager",
+                    "lock_timeout": f"{answer_s * 800:.0f}",
+                    # What a manager that was stopped in the middle holds is not held for ever.
+                    "idle_in_transaction_session_timeout": f"{answer_s * 1000:.0f}",
+                },
+            )
+
+        return create_async_engine("postgresql+asyncpg://", async_creator=connect, pool_pre_ping=True)
+    if scheme == "sqlite" and rest.startswith("/"):
+        engine = create_async_engine(f"sqlite+aiosqlite://{rest}", connect_args={"timeout": 0.8 * answer_s})
+        sa.event.listen(engine.sync_engine, "connect", _configure_sqlite)
+        sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        return engine
+    raise StoreError(f"The store's address begins with `{scheme}`; it must be postgresql:// or sqlite:/// and a path.")
+
+
+def _configure_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # transactions begin where we say so, and have CREATE TABLE in them too
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @asynccontextmanager
@@ -240,6 +382,23 @@ async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     try:
         async with engine.begin() as connection:
             yield connection
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        raise StoreError(f"The store cannot be used: {cause}.") from error
+        raise StoreError(f"The store cannot be used: {cause or type(cause).__name__}.") from error
+
+
+class _clock(FunctionElement[float]):
+    """Seconds since 1970, by the database's clock."""
+
+    inherit_cache = True
+    type = sa.Float(53)
+
+
+@compiles(_clock, "sqlite")
+def _clock_of_sqlite(*_: object, **__: object) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(_clock, "postgresql")
+def _clock_of_postgresql(*_: object, **__: object) -> str:
+    return "extract(epoch from clock_timestamp())::float8"

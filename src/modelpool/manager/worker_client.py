@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
-from modelpool.messages.workers import InstanceReport, StartOrder
+from modelpool.messages.workers import EPOCH_HEADER, InstanceReport, StartOrder, WorkerDescription
 
 _ORDER_DEADLINE_S = 10.0
 _WATCH_SILENCE_S = 15.0
@@ -39,12 +39,20 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 
 
 class WorkerClient:
-    """One HTTP client for all workers. Methods take a worker's base URL."""
+    """One HTTP client for all workers. Methods take a worker's base URL; each request says which manager asks."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, *, epoch: Callable[[], str]) -> None:
+
+        async def sign(request: httpx.Request) -> None:
+            request.headers[EPOCH_HEADER] = epoch()
+
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"}, timeout=_ORDER_DEADLINE_S, limits=limits, trust_env=False
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=_ORDER_DEADLINE_S,
+            limits=limits,
+            trust_env=False,
+            event_hooks={"request": [sign]},
         )
 
     async def aclose(self) -> None:
@@ -72,6 +80,16 @@ class WorkerClient:
         if response.is_success or response.status_code in accept:
             return response.content
         raise OrderFailed(_message(response), permanent=response.status_code == 422)
+
+    async def describe(self, url: str) -> WorkerDescription:
+        """What it is and runs. Raises WorkerUnreachable, also where no worker answers."""
+        try:
+            response = await self._http.get(f"{url}/info")
+            return msgspec.json.decode(response.content, type=WorkerDescription)
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+        except msgspec.DecodeError as error:
+            raise WorkerUnreachable(_message(response)) from error
 
     async def watch(self, url: str) -> None:
         """Return when the worker closes the connection. Raises WorkerUnreachable when it cannot be made or hangs."""

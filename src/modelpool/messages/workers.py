@@ -19,6 +19,9 @@ from modelpool.messages.models import ModelSpec
 
 GiB = 1 << 30
 
+EPOCH_HEADER = "X-ModelPool-Epoch"
+"""On every request of a manager to a worker. A worker obeys the latest manager only; one without it is a person's."""
+
 
 class Device(Room, frozen=True, kw_only=True):
     """One accelerator, or the whole machine where there is none (`kind` "cpu"). Memory in bytes.
@@ -130,6 +133,8 @@ class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     instances: tuple[InstanceReport, ...] = ()
     host: Device | None = None
     files: tuple[str, ...] = ()
+    epoch: str = ""
+    """Of the latest manager that it has heard of; "" also where it runs nothing, so that any pool may have it."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,9 +152,10 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """`gateways`: base URLs a worker may use when its own MANAGER_URL is gone."""
+    """`gateways`: base URLs a worker may use when its own MANAGER_URL is gone. `epoch`: of who answers."""
 
     gateways: tuple[str, ...] = ()
+    epoch: str = ""
 
 
 class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -26,6 +26,7 @@ from modelpool.settings import Settings, SettingsError, from_environment, pool_u
 from modelpool.tls import client_context
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
 from modelpool.worker.devices import find_devices
+from modelpool.worker.fence import Fence
 from modelpool.worker.forkserver import Forkserver
 from modelpool.worker.host_spec import TAG, forkserver_environment
 from modelpool.worker.hub import Hub
@@ -134,13 +135,15 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
             running_proxy(supervisor, token=token, max_body_bytes=settings.gateway.max_body_bytes)
         )
         gone = asyncio.Event()
-        app = worker_app(supervisor, describe=describe, proxy=proxy, token=token, ending=gone)
+        fence = Fence(lambda: bool(supervisor.reports()))
+        app = worker_app(supervisor, describe=describe, proxy=proxy, fence=fence, token=token, ending=gone)
         registration = Registration(
             manager_url=worker.manager_url,
             token=token,
             info=info,
             describe=describe,
             changed=changed,
+            fence=fence,
             interval_s=worker.heartbeat_interval_s,
             trusted=client_context(settings.tls_ca_file),
         )

@@ -13,7 +13,9 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from modelpool.errors import Conflict
 from modelpool.messages.workers import Heartbeat, HeartbeatAnswer, RegisterWorker, WorkerDescription, WorkerInfo
+from modelpool.worker.fence import Fence
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Registration:
         info: WorkerInfo,
         describe: Callable[[], Awaitable[WorkerDescription]],
         changed: asyncio.Event,
+        fence: Fence,
         interval_s: float,
         trusted: ssl.SSLContext | bool = True,
     ) -> None:
@@ -60,6 +63,7 @@ class Registration:
         self._info = info
         self._describe = describe
         self._changed = changed
+        self._fence = fence
         self._interval_s = interval_s
         self._url = manager_url
         self._gateways: tuple[str, ...] = ()
@@ -126,6 +130,7 @@ class Registration:
             files=now.files,
             engines=now.engines,
             instances=now.instances,
+            epoch=self._fence.epoch,
         )
         try:
             await self._tell(http, "/workers/register", message)
@@ -162,9 +167,14 @@ class Registration:
         if not response.is_success:
             raise Refused(_refusal(response))
         try:
-            self._gateways = msgspec.json.decode(response.content, type=HeartbeatAnswer).gateways
+            answer = msgspec.json.decode(response.content, type=HeartbeatAnswer)
+            self._fence.hear(answer.epoch)
         except msgspec.DecodeError:
             raise Refused(f"what answers there is no Model Pool; {_AWAY_HINT}") from None
+        except Conflict as error:
+            self._url = self._next_url()
+            raise Refused(error.message) from None
+        self._gateways = answer.gateways
 
 
 class _ErrorText(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from modelpool.control_http import TokenGuard, answer, body_schema, render_error
 from modelpool.errors import BodyTooLarge
 from modelpool.messages.models import decode_body
 from modelpool.messages.workers import SleepOrder, StartOrder, WorkerDescription
+from modelpool.worker.fence import Fence, FenceGuard
 from modelpool.worker.supervisor import Supervisor
 
 MAX_ORDER_BYTES = 4 << 20
@@ -30,6 +31,7 @@ def worker_app(
     *,
     describe: Callable[[], Awaitable[WorkerDescription]],
     proxy: ASGIApp,
+    fence: Fence,
     token: str,
     ending: asyncio.Event,
 ) -> ASGIApp:
@@ -40,7 +42,7 @@ def worker_app(
     _add_orders(app, supervisor)
     _add_reports(app, supervisor, ending)
     app.mount("/proxy", proxy)
-    return TokenGuard(app, token=token)
+    return TokenGuard(FenceGuard(app, fence), token=token)
 
 
 def _add_worker_routes(

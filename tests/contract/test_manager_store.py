@@ -1,0 +1,216 @@
+"""The manager and its store: what it does while the store is out, when it cannot know what was done, when deposed."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from modelpool.core.pool import Policy
+from modelpool.manager.api import control_app
+from modelpool.manager.manager import Manager, running_manager
+from modelpool.manager.store import Deposed, Store, StoreError, open_store
+from modelpool.messages.routing import Keys, Snapshot
+from modelpool.messages.workers import RegisterWorker, WorkerInfo
+from tests.postgres import Postgres, running_postgres
+from tests.stores import ME, held
+
+PATIENCE_S = 60.0
+
+
+class World:
+    """A manager, its store, and a client of its control API."""
+
+    def __init__(self, store: Store, manager: Manager, http: httpx.AsyncClient) -> None:
+        self.store = store
+        self.manager = manager
+        self.http = http
+
+    async def register(self, alias: str, **more: Any) -> httpx.Response:
+        return await self.http.post("/admin/models/register", json={"alias": alias, "fake": True, **more})
+
+    async def aliases(self) -> list[str]:
+        return [each["alias"] for each in (await self.http.get("/admin/models")).json()["models"]]
+
+    async def until(self, there: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not await there():
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running_world(url: str, lease_s: float = 10.0) -> AsyncIterator[World]:
+    async with open_store(url, answer_s=min(5.0, lease_s / 3)) as store:
+        async with running_manager(
+            store, policy=Policy(), token="t", run_id="r", recovery_s=0.01, holder=ME, lease_s=lease_s
+        ) as manager:
+            transport = httpx.ASGITransport(app=control_app(manager))
+            async with httpx.AsyncClient(transport=transport, base_url="http://manager") as http:
+                yield World(store, manager, http)
+
+
+@asynccontextmanager
+async def sqlite_out(path: Path) -> AsyncIterator[None]:
+    """Another program keeps the file to itself."""
+    with sqlite3.connect(path, isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+    other.close()
+
+
+@asynccontextmanager
+async def postgres_stopped(server: Postgres) -> AsyncIterator[None]:
+    server.stop()
+    yield
+    await asyncio.to_thread(server.start)
+
+
+@asynccontextmanager
+async def postgres_frozen(server: Postgres) -> AsyncIterator[None]:
+    server.freeze()
+    yield
+    server.thaw()
+
+
+async def go_on_without(url: str, out: AbstractAsyncContextManager[None]) -> None:
+    """A manager while its store is out, and afterwards."""
+    async with running_world(url, lease_s=1.5) as world:
+        assert (await world.register("before")).status_code == 200
+        assert world.manager.lease.valid
+        async with out:
+            answer = await world.register("during")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+            assert "The store" in answer.json()["error"]["message"]
+            assert await world.aliases() == ["before"]
+            info = WorkerInfo(worker_id="w", incarnation="1", url="http://127.0.0.1:1")
+            told = RegisterWorker(info=info, devices=(), engines={})
+            answer = await world.http.post("/workers/register", content=msgspec.json.encode(told))
+            assert answer.status_code == 200  # it goes on; the next manager is told of it later
+            await world.until(_is(lambda: not world.manager.lease.valid))
+        await world.until(_is(lambda: world.manager.lease.valid))
+        assert (await world.register("during")).status_code == 200
+        assert await world.aliases() == ["before", "during"]
+        await world.until(_has(world.store.workers, {"w": "http://127.0.0.1:1"}))
+    async with held(url) as store:
+        assert [each.spec.alias for each in await store.models()] == ["before", "during"]
+
+
+def test_while_the_file_is_locked_there_are_no_orders_and_it_comes_back_by_itself(tmp_path: Path) -> None:
+    asyncio.run(go_on_without(f"sqlite:///{tmp_path}/s.db", sqlite_out(tmp_path / "s.db")))
+
+
+def test_while_postgresql_is_out_there_are_no_orders_and_it_comes_back_by_itself() -> None:
+    with running_postgres() as server:
+        asyncio.run(go_on_without(server.database("a"), postgres_stopped(server)))
+        asyncio.run(go_on_without(server.database("b"), postgres_frozen(server)))
+
+
+def _is(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
+    async def there() -> bool:
+        return condition()
+
+    return there
+
+
+def _has(read: Callable[[], Awaitable[object]], value: object) -> Callable[[], Awaitable[bool]]:
+    async def there() -> bool:
+        return await read() == value
+
+    return there
+
+
+def test_a_change_whose_outcome_nobody_heard_is_looked_up(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with running_world(store_url) as world:
+            await world.register("old")
+            key = (await world.http.post("/admin/keys", json={"name": "a"})).json()["key"]["id"]
+            within, losing, here = world.store._within, True, asyncio.current_task()
+
+            async def lose(work: Awaitable[Any]) -> Any:
+                """What is asked for here is done, and the answer is lost."""
+                done = await within(work)
+                if losing and asyncio.current_task() is here:
+                    raise StoreError("The connection broke after the commit.")
+                return done
+
+            monkeypatch.setattr(world.store, "_within", lose)
+            assert (await world.register("new")).status_code == 503
+            await world.until(_has(world.aliases, ["new", "old"]))
+            losing = False
+            assert (await world.register("new")).status_code == 200
+
+            losing = True
+            assert (await world.http.delete("/admin/models/old")).status_code == 503
+            await world.until(_has(world.aliases, ["new"]))
+
+            updates = world.manager.snapshots()
+            assert isinstance(await anext(updates), Keys)
+            assert (await world.http.delete(f"/admin/keys/{key}")).status_code == 503
+            async with asyncio.timeout(PATIENCE_S):
+                async for update in updates:
+                    if isinstance(update, Keys):
+                        assert (update.required, update.keys) == (True, ())
+                        break
+
+    asyncio.run(story())
+
+
+async def go_on_too_long(next_: Store, url: str) -> None:
+    async with running_world(url) as world:
+        await world.register("a")
+        await next_.take_over(ME)  # who has its name need not wait until its lease has run out
+        answer = await world.register("b")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "manager_away")
+        await asyncio.sleep(PATIENCE_S)
+
+
+def test_a_manager_that_is_deposed_ends(store_url: str) -> None:
+    async def story() -> None:
+        async with open_store(store_url) as next_:
+            with pytest.raises(Deposed, match="Another manager has taken over"):
+                await go_on_too_long(next_, store_url)
+            assert [each.spec.alias for each in await next_.models()] == ["a"]
+            await next_.renew()
+
+    asyncio.run(story())
+
+
+def test_who_knows_a_later_epoch_is_told_one_that_is_later_still(store_url: str) -> None:
+    async def story() -> None:
+        async with running_world(store_url) as world:
+            cluster = world.store.epoch.partition(".")[0]
+            followed = world.manager.snapshots()
+            assert isinstance(await anext(followed), Keys)
+            info = WorkerInfo(worker_id="w", incarnation="1", url="http://127.0.0.1:1")
+            told = RegisterWorker(info=info, devices=(), engines={}, epoch=f"{cluster}.41")
+            answer = await world.http.post("/workers/register", content=msgspec.json.encode(told))
+            assert answer.json()["epoch"] == f"{cluster}.42"
+            async with asyncio.timeout(PATIENCE_S):
+                async for update in followed:
+                    if isinstance(update, Snapshot) and update.epoch == f"{cluster}.42":
+                        break
+            assert (await world.http.get("/admin/status")).json()["epoch"] == f"{cluster}.42"
+
+    asyncio.run(story())
+
+
+def test_workers_and_gateways_of_another_cluster_are_left_alone(store_url: str) -> None:
+    async def story() -> None:
+        async with running_world(store_url) as world:
+            info = WorkerInfo(worker_id="w", incarnation="1", url="http://127.0.0.1:1")
+            told = RegisterWorker(info=info, devices=(), engines={}, epoch="other.3")
+            answer = await world.http.post("/workers/register", content=msgspec.json.encode(told))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_cluster")
+            answer = await world.http.get("/snapshots", params={"epoch": "other.3"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_cluster")
+            assert (await world.http.get("/admin/workers")).json() == {"workers": []}
+
+    asyncio.run(story())
