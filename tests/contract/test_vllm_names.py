@@ -120,6 +120,25 @@ assert rendered(parser, "hf_overrides", {"a": 1}) == ['--hf-overrides={"a": 1}']
 assert rendered(parser, "max_model_len", None) == []
 assert rendered(parser, "middleware", ["a.b", "c.d"]) == ["--middleware=a.b", "--middleware=c.d"]
 
+# A single worker on a CPU has no process of its own: the executor is chosen by the configuration, after it was made.
+from vllm.config import ParallelConfig
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+assert "Executor.get_class(vllm_config)" in inspect.getsource(AsyncLLM.from_vllm_config)
+assert "distributed_executor_backend" in inspect.getsource(Executor.get_class)
+assert "uni" in inspect.getsource(Executor.get_class)
+
+# What was done ahead is not done again: C++ in the place of Triton kernels, levels of loggers.
+from vllm.triton_utils import HAS_TRITON
+from vllm.triton_utils.dispatcher import _registry
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+assert "current_platform.register_triton_kernel_overrides()" in inspect.getsource(WorkerWrapperBase.init_worker)
+assert HAS_TRITON or not current_platform.is_cpu() or _registry
+registered = dict(_registry)
+current_platform.register_triton_kernel_overrides()
+assert _registry == registered
+assert logging.getLogger("vllm.v1.engine.core").setLevel.__module__ == "modelpool.engines.vllm.imports"
+
 # The registry of architectures.
 from vllm.model_executor.models.registry import ModelRegistry
 known = ModelRegistry.models["Qwen3ForCausalLM"]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from modelpool import demo
 from modelpool.messages.engine import Imported, Loaded, LoadFailed, SleepRefused, Slept, WakeFailed, Woken
@@ -44,6 +45,11 @@ def forkserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkserverD
 def spec(path: Path, **changes: Any) -> ModelSpec:
     engine_args = {**SMALL, **changes.pop("engine_args", {})}
     return ModelSpec(alias="tiny", model_name=str(path), engine_args=engine_args, **changes)
+
+
+def in_three(model: ModelSpec) -> ModelSpec:
+    """With a process for its worker, which on a CPU it has where there are several, or a user asks for it."""
+    return replace(model, engine_args={**model.engine_args, "distributed_executor_backend": "mp"})
 
 
 def process(forkserver: ForkserverDriver, host: HostDriver, name: str) -> int:
@@ -92,8 +98,9 @@ class TestVllmEngine(EngineContract):
     @pytest.mark.parametrize("name", ["VLLM::EngineCore", "VLLM::Worker"])
     @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
     def test_the_death_of_one_of_its_processes_ends_it(
-        self, forkserver: ForkserverDriver, host: HostDriver, name: str, stopped: bool
+        self, forkserver: ForkserverDriver, model: ModelSpec, name: str, stopped: bool
     ) -> None:
+        host = started(forkserver, in_three(model) if "Worker" in name else model)
         connections = [self.start_long(host, stream=stream) for stream in (True, False)]
         pid = process(forkserver, host, name)
         if stopped:
@@ -107,8 +114,9 @@ class TestVllmEngine(EngineContract):
 
     @pytest.mark.parametrize("name", ["VLLM::EngineCore", "VLLM::Worker"])
     def test_the_death_of_one_of_its_processes_ends_a_sleeper_too(
-        self, forkserver: ForkserverDriver, host: HostDriver, name: str
+        self, forkserver: ForkserverDriver, model: ModelSpec, name: str
     ) -> None:
+        host = started(forkserver, in_three(model) if "Worker" in name else model)
         assert isinstance(host.sleep(2), Slept)
         os.kill(process(forkserver, host, name), signal.SIGKILL)
         assert forkserver.wait_exited(host.pid, 4).status == 1
@@ -122,8 +130,9 @@ class TestVllmEngine(EngineContract):
 
     @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "with its resource tracker"])
     def test_shared_memory_goes_with_it_however_it_ends(
-        self, forkserver: ForkserverDriver, host: HostDriver, how: str
+        self, forkserver: ForkserverDriver, model: ModelSpec, how: str
     ) -> None:
+        host = started(forkserver, in_three(model))
         segments = _shared_memory(process(forkserver, host, "VLLM::EngineCore"))
         assert segments
         if how == "with its resource tracker":

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -34,7 +35,9 @@ class _Parser(FlexibleArgumentParser):
         raise LoadError(f"engine_args.{at[1].lstrip('-').replace('-', '_')}: {at['problem']}", permanent=True)
 
 
+@cache
 def new_parser() -> FlexibleArgumentParser:
+    """Made once, in the forkserver: it takes longer to make than to use."""
     return make_arg_parser(_Parser(prog="engine_args"))
 
 

@@ -104,7 +104,7 @@ class VllmEngine:
             # Single functions (ranks of log probabilities) are compiled all the same, by a C++ compiler that a machine
             # may not have, in the first request that asks for them: 12 s here.
             torch._dynamo.config.disable = True
-        _prepare_fork(config)
+        _prepare_fork(config, executor=arguments.distributed_executor_backend)
         phase("processes")
         parts = StartParts()
         with parts.timed(resolve_obj_by_qualname(config.parallel_config.worker_cls)):
@@ -224,12 +224,13 @@ def _import_parser_plugins(arguments: argparse.Namespace) -> None:
         ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
 
 
-def _prepare_fork(config: VllmConfig) -> None:
+def _prepare_fork(config: VllmConfig, *, executor: str | None) -> None:
     """Have EngineCore and its workers forked from this process, which has imported all that they need.
 
     vLLM spawns them where a fork is not safe: where the accelerator is open, and, as it sets itself, on a CPU, where
     OpenMP must find its environment before it is loaded. We fork there too, unless a user binds threads by hand, and
-    pass on the number of threads, all that a fork needs, through torch.
+    pass on the number of threads, all that a fork needs, through torch. Then a single worker needs no process of its
+    own either, as it has none on an accelerator, unless a user asks for one (`executor`).
     """
     if not current_platform.is_cpu():
         os.environ.setdefault(_START_METHOD, "fork")
@@ -238,7 +239,10 @@ def _prepare_fork(config: VllmConfig) -> None:
         return
     os.environ[_START_METHOD] = "fork"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    torch.set_num_threads(_threads(os.environ, config.parallel_config.local_world_size))
+    parallel = config.parallel_config
+    torch.set_num_threads(_threads(os.environ, parallel.local_world_size))
+    if parallel.world_size == 1 and executor is None:
+        parallel.distributed_executor_backend = "uni"
 
 
 def _threads(environment: Mapping[str, str], processes: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+from typing import Any
 
 from modelpool.engines.engine import NotForkable, NotInstalled
 
@@ -30,6 +32,7 @@ _MODULES = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.model_executor.layers.quantization.online.base",
+    "vllm.distributed.elastic_ep.elastic_execute",
     "vllm.v1.core.sched.scheduler",
     "vllm.v1.structured_output.backend_xgrammar",
     "vllm.model_executor.models.llama",
@@ -42,12 +45,20 @@ _MODULES = (
     "vllm.entrypoints.openai.completion.api_router",
     "vllm.entrypoints.openai.responses.api_router",
     "vllm.entrypoints.pooling.factories",
+    "vllm.entrypoints.scale_out.derender.api_router",
     "vllm.entrypoints.scale_out.factories",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.entrypoints.serve.elastic_ep.api_router",
+    "vllm.entrypoints.serve.instrumentator.metrics",
+    "vllm.entrypoints.serve.instrumentator.offline_docs",
     "vllm.entrypoints.serve.profile.api_router",
     "vllm.entrypoints.serve.tokenize.api_router",
     # Sets the level of the log handlers that it finds, so it must not find a host's.
     "model_hosting_container_standards.sagemaker",
     "modelpool.engines.vllm.engine",
+    "uvicorn.lifespan.on",
+    "uvicorn.protocols.http.httptools_impl",
+    "uvicorn.protocols.websockets.auto",
 )
 _CPU_MODULES = (
     "vllm.v1.worker.cpu_worker",
@@ -61,10 +72,23 @@ _GPU_MODULES = (
 )
 
 
+class _Logger(logging.Logger):
+    """Told its level again, it does nothing.
+
+    vLLM configures logging anew in each of its processes. That tells a thousand loggers their level, and each of them
+    would then clear the caches of all: 0.1 s a process.
+    """
+
+    def setLevel(self, level: int | str) -> None:
+        if level != self.level:
+            super().setLevel(level)
+
+
 def preload() -> None:
     """Raises NotInstalled, NotForkable, and whatever a broken installation raises."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.setLoggerClass(_Logger)
     try:
         importlib.import_module("vllm")
     except ModuleNotFoundError as error:
@@ -73,13 +97,20 @@ def preload() -> None:
         raise NotInstalled(
             "vLLM is not installed: pip install 'modelpool[gpu]', or 'modelpool[cpu]' without an accelerator"
         ) from error
-    # A host has a folder for temporary files of its own; what was compiled is worth keeping for the next one.
-    cache_folders = importlib.import_module("torch._inductor.runtime.cache_dir_utils")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache_folders.default_cache_dir())
     for name in _MODULES:
         importlib.import_module(name)
     platform = importlib.import_module("vllm.platforms").current_platform
     for name in _CPU_MODULES if platform.is_cpu() else _GPU_MODULES if platform.is_cuda_alike() else ():
         importlib.import_module(name)
+    _override_kernels(platform)
+    sys.modules["modelpool.engines.vllm.arguments"].new_parser()
     if sys.modules["torch"].cuda.is_initialized():
         raise NotForkable("its imports opened the accelerator")
+
+
+def _override_kernels(platform: Any) -> None:
+    """Do once what each worker would do: on a CPU, vLLM puts C++ in the place of Triton kernels, which it looks for
+    under every name of every module. That is a third of all work at a start.
+    """
+    platform.register_triton_kernel_overrides()
+    platform.register_triton_kernel_overrides = lambda: None
