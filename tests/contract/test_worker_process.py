@@ -18,6 +18,7 @@ from modelpool.process import Announcement, NotStarted
 from tests.contract.worker_process import (
     TOKEN,
     Control,
+    WorkerProcess,
     complete,
     eventually,
     launched,
@@ -26,6 +27,7 @@ from tests.contract.worker_process import (
 )
 
 FORKSERVER = "modelpool: forkserver"
+SPARE = "modelpool: spare host"
 
 
 def hosts(alias: str = "") -> str:
@@ -61,7 +63,7 @@ def test_a_dead_forkserver_is_replaced_and_its_hosts_go_on(tmp_path: Path) -> No
 
 
 def test_a_start_that_met_a_dying_forkserver_is_made_good_by_the_next(tmp_path: Path) -> None:
-    with running_worker(tmp_path) as worker:
+    with running_worker(tmp_path, MODELPOOL_SPARE_HOSTS="0") as worker:
         worker.start("m")
         (forkserver,) = worker.below(FORKSERVER)
         os.kill(forkserver, signal.SIGSTOP)
@@ -69,6 +71,65 @@ def test_a_start_that_met_a_dying_forkserver_is_made_good_by_the_next(tmp_path: 
         eventually(lambda: (worker.report("n")["progress"] or {}).get("phase") == "import")
         os.kill(forkserver, signal.SIGKILL)
         assert worker.wait("n", "ACTIVE")["reason"] == ""
+
+
+def spares(worker: WorkerProcess, count: int = 1) -> list[int]:
+    """Once there are so many."""
+    return eventually(lambda: found if len(found := worker.below(SPARE)) == count else None)
+
+
+def test_a_start_takes_a_host_that_waits_and_another_one_comes_in_its_place(tmp_path: Path) -> None:
+    with running_worker(tmp_path, MODELPOOL_SPARE_HOSTS="2") as worker:
+        worker.start("first")
+        before = spares(worker, 2)
+        taken = worker.start("m")["pid"]
+        assert taken in before
+        assert complete(worker.http, "/proxy/m/v1/completions", "m").status_code == 200
+        after = eventually(lambda: found if len(found := set(worker.below(SPARE))) == 2 else None)
+        assert taken not in after
+        assert len(after | set(before)) == 3
+
+
+def test_a_waiting_host_that_dies_is_replaced_and_nobody_is_started_in_it(tmp_path: Path) -> None:
+    with running_worker(tmp_path) as worker:
+        worker.start("first")
+        (spare,) = spares(worker)
+        (forkserver,) = worker.below(FORKSERVER)
+        # The forkserver cannot tell of the death; the worker looks for itself.
+        os.kill(forkserver, signal.SIGSTOP)
+        os.kill(spare, signal.SIGKILL)
+        worker.order("m")
+        os.kill(forkserver, signal.SIGCONT)
+        assert worker.wait("m", "ACTIVE")["pid"] != spare
+        (spare,) = eventually(lambda: [pid for pid in worker.below(SPARE) if pid != spare])
+        os.kill(spare, signal.SIGKILL)
+        eventually(lambda: [pid for pid in worker.below(SPARE) if pid != spare])
+        assert worker.report("m")["state"] == "ACTIVE"
+
+
+def test_a_waiting_host_outlives_its_forkserver_and_is_started_while_there_is_none(tmp_path: Path) -> None:
+    with running_worker(tmp_path) as worker:
+        worker.start("first")
+        (spare,) = spares(worker)
+        (forkserver,) = worker.below(FORKSERVER)
+        os.kill(forkserver, signal.SIGSTOP)
+        assert worker.start("m")["pid"] == spare
+        os.kill(forkserver, signal.SIGKILL)
+        # The next forkserver knows it as its own: it ends with the worker, even one that is killed.
+        eventually(lambda: [pid for pid in worker.below(FORKSERVER) if pid != forkserver])
+        spares(worker)
+        worker.kill()
+        eventually(lambda: worker.below() == [], within=5)
+
+
+def test_nobody_waits_longer_than_its_worker(tmp_path: Path) -> None:
+    with running_worker(tmp_path) as worker:
+        worker.start("first")
+        (spare,) = spares(worker)
+        os.kill(spare, signal.SIGSTOP)
+        worker.process.terminate()
+        assert worker.process.wait(20) == 0
+        assert worker.below() == []
 
 
 def test_a_killed_worker_takes_its_engines_along(tmp_path: Path) -> None:

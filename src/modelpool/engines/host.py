@@ -63,6 +63,7 @@ def main(control_fd: int, engine: EngineModule, scratch: Path) -> int:
     """
     os.set_inheritable(control_fd, False)
     control = Control(socket.socket(fileno=control_fd))
+    setproctitle.setproctitle("modelpool: spare host")
     spec = control.receive_spec()
     if spec is None:
         return 0

@@ -217,7 +217,13 @@ def make_forkservers(
     def make(kind: EngineKind, *, lazy: bool, missing: str = "") -> Forkserver:
         log_path = home.logs / f"forkserver-{quote(settings.worker_id, safe='')}-{kind}.log"
         return Forkserver(
-            kind, environment=environment, log_path=log_path, changed=changed.set, lazy=lazy, missing=missing
+            kind,
+            environment=environment,
+            log_path=log_path,
+            changed=changed.set,
+            spares=settings.worker.spare_hosts,
+            lazy=lazy,
+            missing=missing,
         )
 
     offered = offered_engines(settings.worker.engines)

@@ -29,6 +29,9 @@ from modelpool.messages.engine import (
 )
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import EngineStatus
+from modelpool.worker.forked_host import EngineUnavailable, ForkedHost, ForkFailed
+from modelpool.worker.process_group import ProcessGroup
+from modelpool.worker.spares import Spares
 from modelpool.worker.waiting import all_of, cancelled, first_of
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ _END_DEADLINE_S = 10.0
 _LIVED_LONG_S = 60.0
 _BACKOFF_FIRST_S = 0.5
 _BACKOFF_MAX_S = 30.0
+_SPARE = "spare"
 
 IMPORTING = "importing"
 READY = "ready"
@@ -46,25 +50,8 @@ FAILED = "failed"
 MISSING = "missing"
 
 
-class EngineUnavailable(Exception):
-    """No instance of this engine kind can be started here; the text says why."""
-
-
-class ForkFailed(Exception):
-    """The forkserver lives but could not fork; its log says why."""
-
-
-@dataclass(frozen=True)
-class ForkedHost:
-    """A host just forked, with our end of its control socket.
-
-    `exit` becomes its exit status, or None where nobody can tell.
-    """
-
-    pid: int
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    exit: asyncio.Future[int | None]
+_Answer = tuple[int, asyncio.Future[int | None]]
+"""To a Fork: the host's process, and what becomes its exit status."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,8 @@ class Forkserver:
     """Keeps a forkserver of one engine kind alive while `run` runs, started at once or at the first fork.
 
     Hosts live on when it dies: the next one adopts them, so that they end with this worker. `changed` is called
-    whenever `status` changed. `missing` says how to install an engine that is not there.
+    whenever `status` changed. `missing` says how to install an engine that is not there. `spares`: how many hosts are
+    forked ahead.
     """
 
     def __init__(
@@ -89,6 +77,7 @@ class Forkserver:
         environment: Mapping[str, str],
         log_path: Path,
         changed: Callable[[], None],
+        spares: int = 0,
         lazy: bool = False,
         missing: str = "",
     ) -> None:
@@ -101,8 +90,9 @@ class Forkserver:
         if not lazy:
             self._wanted.set()
         self._serial = 0
-        self._pending: dict[str, asyncio.Future[Forked]] = {}
+        self._pending: dict[str, asyncio.Future[_Answer]] = {}
         self._exits: dict[int, asyncio.Future[int | None]] = {}
+        self.spares = Spares(spares, lambda: self._fork(_SPARE))
         # Resolved with a forkserver that is ready, with why there will be none, or with None when one died.
         self._life: asyncio.Future[_Life | EngineUnavailable | None] = asyncio.Future()
         if missing:
@@ -114,7 +104,7 @@ class Forkserver:
     async def run(self, living: Callable[[], tuple[int, ...]]) -> None:
         """Start it, and start it again when it dies, until cancelled or until it turns out that it cannot be.
 
-        `living`: the process ids of the hosts that a new one is to adopt.
+        `living`: the process ids of the hosts that a new one is to adopt, beside the spare ones.
         """
         if self._life.done():
             return
@@ -125,7 +115,7 @@ class Forkserver:
             began = loop.time()
             self._set_status(IMPORTING)
             try:
-                await self._live(living())
+                await self._live((*living(), *self.spares.pids()))
             except EngineUnavailable:
                 return
             except OSError as error:
@@ -223,7 +213,7 @@ class Forkserver:
             case Forked(name, pid):
                 self._exits[pid] = asyncio.Future()
                 if (pending := self._pending.pop(name, None)) is not None and not pending.done():
-                    pending.set_result(message)
+                    pending.set_result((pid, self._exits[pid]))
             case Exited(pid, status):
                 if (exit_ := self._exits.pop(pid, None)) is not None and not exit_.done():
                     exit_.set_result(status)
@@ -231,24 +221,31 @@ class Forkserver:
     # ------------------------------------------------------------ forking
 
     async def ready(self) -> None:
-        """Return once a host can be forked. Raises EngineUnavailable."""
+        """Return once a host can be had. Raises EngineUnavailable."""
         self._wanted.set()
+        if not self.spares:
+            await self._ready_life()
+
+    async def _ready_life(self) -> _Life:
         while (life := await asyncio.shield(self._life)) is None:
             pass
         if isinstance(life, EngineUnavailable):
             raise EngineUnavailable(str(life))
+        return life
 
     async def fork(self, instance: str) -> ForkedHost:
-        """Have a host forked, as soon as a forkserver is ready; in the next one when one died before it did.
+        """A spare host, else one that is forked as soon as a forkserver is ready.
 
-        The caller owns what it gets, and closes the writer. Raises EngineUnavailable, ForkFailed.
+        The caller owns what it gets, and closes it. Raises EngineUnavailable, ForkFailed.
         """
         self._wanted.set()
+        return self.spares.take() or await self._fork(instance)
+
+    async def _fork(self, instance: str) -> ForkedHost:
+        """In the next forkserver when one died before it did."""
         while True:
-            life = await asyncio.shield(self._life)
-            if isinstance(life, EngineUnavailable):
-                raise EngineUnavailable(str(life))
-            if life is not None and (host := await self._fork_in(life, instance)) is not None:
+            life = await self._ready_life()
+            if (host := await self._fork_in(life, instance)) is not None:
                 return host
 
     async def _fork_in(self, life: _Life, instance: str) -> ForkedHost | None:
@@ -262,7 +259,8 @@ class Forkserver:
             finally:
                 theirs.close()
             if forked is not None:
-                host = ForkedHost(forked.pid, reader, writer, self._exits[forked.pid])
+                pid, exit_ = forked
+                host = ForkedHost(_group(pid), reader, writer, exit_)
             return host
         finally:
             if host is None:
@@ -270,11 +268,11 @@ class Forkserver:
 
     async def _ask(
         self, life: _Life, instance: str, theirs: socket.socket, reader: asyncio.StreamReader
-    ) -> Forked | None:
+    ) -> _Answer | None:
         # With a number, so that the answer to a start that was given up is not taken for the answer to this one.
         self._serial += 1
         name = f"{instance}#{self._serial}"
-        pending: asyncio.Future[Forked] = asyncio.Future()
+        pending: asyncio.Future[_Answer] = asyncio.Future()
         self._pending[name] = pending
         ended = asyncio.create_task(life.process.wait())
         # A host says nothing before it is spoken to: what can be read here is the end of a socket nobody took.
@@ -302,6 +300,13 @@ class Forkserver:
     def forget(self, pid: int) -> None:
         """Nobody waits for the exit status of this host any more."""
         self._exits.pop(pid, None)
+
+
+def _group(pid: int) -> ProcessGroup:
+    try:
+        return ProcessGroup(pid)
+    except ProcessLookupError:
+        raise ForkFailed(f"the host {pid} ended as soon as it was forked") from None
 
 
 async def _send(sock: socket.socket, message: ToForkserver, *descriptors: socket.socket) -> None:

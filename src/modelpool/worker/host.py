@@ -31,8 +31,8 @@ from modelpool.messages.engine import (
     WakeFailed,
     Woken,
 )
-from modelpool.worker.forkserver import ForkedHost, Forkserver
-from modelpool.worker.process_group import ProcessGroup
+from modelpool.worker.forked_host import ForkedHost
+from modelpool.worker.forkserver import Forkserver
 from modelpool.worker.waiting import all_of, cancelled, first_of
 
 log = logging.getLogger(__name__)
@@ -76,27 +76,20 @@ def _ending(status: int | None) -> str:
 
 @asynccontextmanager
 async def forked_host(forkserver: Forkserver, instance: str) -> AsyncIterator[Host]:
-    """A host, forked as soon as that is possible. On the way out its whole process group is gone.
+    """A host, as soon as one can be had. On the way out its whole process group is gone.
 
-    Raises EngineUnavailable, ForkFailed, HostEnded.
+    Raises EngineUnavailable, ForkFailed.
     """
     forked = await forkserver.fork(instance)
     try:
+        host = Host(forked)
         try:
-            group = ProcessGroup(forked.pid)
-        except ProcessLookupError:
-            raise HostEnded(None) from None
-        try:
-            host = Host(forked, group)
-            try:
-                yield host
-            finally:
-                await host.close()
+            yield host
         finally:
-            group.close()
+            await host.close()
     finally:
         forkserver.forget(forked.pid)
-        forked.writer.close()
+        forked.close()
 
 
 class Host:
@@ -105,11 +98,11 @@ class Host:
     `status` is its last answer to a probe; `silence()` how long the oldest unanswered probe has been waiting.
     """
 
-    def __init__(self, forked: ForkedHost, group: ProcessGroup) -> None:
+    def __init__(self, forked: ForkedHost) -> None:
         self.pid = forked.pid
         self.status: HostStatus | None = None
         self._forked = forked
-        self._group = group
+        self._group = forked.group
         self._on_phase: Callable[[str], None] = lambda phase: None
         self._loaded: asyncio.Future[Loaded | LoadFailed] = asyncio.Future()
         # (sent at, answer) of the probes under way; answers come in order.

@@ -13,7 +13,8 @@ from modelpool.messages.engine import HostSpec, Loaded, StartPhase
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import Address
 from modelpool.worker.devices import Devices
-from modelpool.worker.forkserver import EngineUnavailable, ForkFailed, Forkserver
+from modelpool.worker.forked_host import EngineUnavailable, ForkFailed
+from modelpool.worker.forkserver import Forkserver
 from modelpool.worker.host import Host, HostEnded, LoadRefused, forked_host
 from modelpool.worker.host_spec import host_environment
 from modelpool.worker.hub import FetchFailed, Hub

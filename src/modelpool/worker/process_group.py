@@ -30,6 +30,12 @@ class ProcessGroup:
         self.leader = leader
         self._pidfd = os.pidfd_open(leader)
 
+    def alive(self) -> bool:
+        """Whether the leader has not ended."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
+
     async def leader_ended(self) -> None:
         """Return once the leader has ended, whether or not it was reaped."""
         await _readable(self._pidfd)

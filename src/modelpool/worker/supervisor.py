@@ -116,6 +116,10 @@ class Supervisor:
             lambda: tuple(each.host.pid for each in self._instances.values() if each.host and each.model.engine is kind)
         )
 
+    async def keep_spares(self, kind: EngineKind) -> None:
+        """Keep hosts of this kind waiting for a model, until cancelled."""
+        await self._forkservers[kind].spares.keep()
+
     # ------------------------------------------------------------ what is asked of it
 
     def engines(self) -> dict[str, EngineStatus]:
@@ -347,6 +351,7 @@ async def running_supervisor(supervisor: Supervisor, end_drain_s: float) -> Asyn
         services += [
             tasks.create_task(supervisor.run_forkserver(kind), name=f"{kind} forkserver") for kind in EngineKind
         ]
+        services += [tasks.create_task(supervisor.keep_spares(kind), name=f"{kind} spares") for kind in EngineKind]
         try:
             yield supervisor
             await supervisor.close(end_drain_s)
