@@ -138,10 +138,14 @@ async def test_with_the_manager_away_requests_go_on_and_a_new_one_is_followed(tm
         assert (await world.ask(chat())).body == b"x"
         away = await world.ask(request("GET", "/admin/status"))
         assert (away.status, away.code, away.headers["retry-after"]) == (503, "manager_away", "1")
+        while (unknown := await world.ask(chat("n"))).code == "model_not_found":
+            await asyncio.sleep(0.01)  # it has not noticed yet
+        assert (unknown.status, unknown.code) == (503, "manager_away")  # a new manager may know it by now
         new = Manager(tmp_path)
         new.first = snapshot_of(entry("m", [endpoint]), *some("n").values(), epoch="e2", sequence=1)
         async with serving(new, path=new.path):
             await until_listed(world, "m", "n")
+            assert (await world.ask(chat("o"))).code == "model_not_found"
             assert (await world.ask(request("GET", "/admin/status"))).json == {"from": "manager"}
         assert (await world.ask(chat())).body == b"x"
 

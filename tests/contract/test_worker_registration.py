@@ -79,7 +79,7 @@ async def test_a_worker_says_goodbye_where_it_is_registered(caplog: pytest.LogCa
         assert "unregistered" not in caplog.text
         manager.status = 200
         await registration.unregister()
-        assert manager.asked[-1] == "DELETE /workers/w/unregister"
+        assert manager.asked[-1] == "DELETE /workers/w/unregister?incarnation=1"
         assert f"unregistered at {manager.url}" in caplog.text
 
 

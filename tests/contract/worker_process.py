@@ -192,7 +192,7 @@ class Control:
             self.knows = True
             self.registrations.append(json.loads(body))
             return 200, answer
-        if method == "DELETE" and path.endswith("/unregister"):
+        if method == "DELETE" and "/unregister?incarnation=" in path:
             self.unregistered.append(path.split("/")[2])
             return 200, {"status": "success"}
         if method == "POST" and path.endswith("/heartbeat") and self.knows:

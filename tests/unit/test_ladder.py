@@ -202,6 +202,17 @@ def test_what_is_pinned_or_kept_never_gives_way() -> None:
     assert "to be kept" in pool.shortages["b"]
 
 
+def test_one_put_to_sleep_by_hand_is_not_woken_for_requests_that_were_served() -> None:
+    """The gateway's last report is from when they waited; the next one comes within a second."""
+    pool, _ = play((0, heard()), (0, ModelRegistered(model("a"))), (1, asked(a=1)), (2, heard(report("a"))))
+    pool, effects = play((2.5, heard(report("a", S.DRAINING))), (2.6, heard(report("a", S.SLEEP_1))), pool=pool)
+    assert effects == ()
+    pool, effects = play((3, serving()), (4, heard(report("a", S.SLEEP_1))), pool=pool)
+    assert effects == ()
+    _, effects = play((5, asked(a=1)), pool=pool)
+    assert told(effects) == [("wake", "a")]
+
+
 def changed(alias: str, **settings: object) -> ModelChanged:
     return ModelChanged(replace(model(alias), **settings))
 

@@ -106,6 +106,13 @@ def test_starts_sleeps_wakes_and_ends_are_learned_from_what_workers_report() -> 
     assert learned_of(pool, What.UNLOAD) == (3,)
 
 
+def test_memory_that_is_measured_again_and_again_is_learned_when_it_changes() -> None:
+    pool = up("a")
+    for now, held in ((10, 4.0), (20, 4.1), (30, 4.15), (40, 5.0), (50, 4.95)):
+        pool, _ = play((now, heard(report("a", held=held))), pool=pool)
+    assert learned_of(pool, What.HELD_AWAKE) == (4e9, 5e9)
+
+
 def test_a_download_is_no_part_of_what_a_start_takes() -> None:
     pool, _ = play((0, heard()), (1, ModelRegistered(model("a"))), (3, heard(report("a", S.STARTING))))
     pool, _ = play((61, heard(replace(report("a"), aside_s=58.0))), pool=pool)

@@ -75,6 +75,12 @@ def heard(demand: Demand, gateway: str, seen: Seen, now: float, *, over_s: float
     )
 
 
+def unheard(demand: Demand) -> Demand:
+    """With nobody waiting, until a gateway says so again."""
+    gateways = {name: replace(seen, waiting=0) for name, seen in demand.gateways.items()}
+    return replace(demand, gateways=gateways, waiting_since=None)
+
+
 def forgotten(demand: Demand, gateway: str) -> Demand:
     """Without what a gateway said that is gone, and its requests with it."""
     if gateway not in demand.gateways:

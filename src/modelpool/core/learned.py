@@ -49,6 +49,7 @@ SLEEP = {1: What.SLEEP_1, 2: What.SLEEP_2}
 HELD = {0: What.HELD_AWAKE, 1: What.HELD_1, 2: What.HELD_2}
 HELD_ON_HOST = {0: What.HELD_ON_HOST_AWAKE, 1: What.HELD_ON_HOST_1, 2: What.HELD_ON_HOST_2}
 """By sleep level."""
+_MEMORY = frozenset((*HELD.values(), *HELD_ON_HOST.values()))
 
 
 class Measure(msgspec.Struct, frozen=True):
@@ -89,6 +90,14 @@ def learn(learned: Learned, worker_id: str, what: What, value: float) -> Learned
     workers = list(dict.fromkeys(where for where, _ in reversed(grown) if where != ANYWHERE))
     forgotten = set(workers[WORKERS_MAX:])
     return {key: each for key, each in grown.items() if key[0] not in forgotten} if forgotten else grown
+
+
+def is_news(learned: Learned, worker_id: str, what: What, value: float) -> bool:
+    """Memory is measured again and again: what is about the same as the last time says nothing more."""
+    before = learned.get((worker_id, what))
+    if before is None or what not in _MEMORY:
+        return True
+    return abs(value - before.recent[-1]) > before.recent[-1] / 20
 
 
 def expected(learned: Learned, what: What, worker_id: str = ANYWHERE) -> Measure | None:

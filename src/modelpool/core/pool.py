@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from modelpool.core import learned as learning
-from modelpool.core.demand import Demand, Seen, forgotten, heard
+from modelpool.core.demand import Demand, Seen, forgotten, heard, unheard
 from modelpool.core.learned import Learned, What
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.placement import Need, Room
@@ -398,14 +398,37 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
             lost.add(instance.alias)
     there = (InstanceState.ACTIVE, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
     up = {each.alias for each in merged.values() if each.state in there and _is_of(pool, each)}
+    instances = others | merged
     return replace(
         pool,
         workers={**pool.workers, event.worker_id: worker},
-        instances=others | merged,
+        instances=instances,
+        demand=_without_those_served(pool, merged.keys(), instances),
         learned=_learned(pool, event.worker_id, observed) if observed else pool.learned,
         wanted_up=(pool.wanted_up | (lost & pool.models.keys())) - up,
         awaited=pool.awaited - {event.worker_id},
     )
+
+
+def _without_those_served(
+    pool: Pool, reported: Iterable[Key], instances: Mapping[Key, Instance]
+) -> Mapping[str, Demand]:
+    """Nobody is taken to wait any more for a model that has just left ACTIVE without an order of ours.
+
+    Whoever was counted as waiting had been served, and a report of it was not due yet: it would be woken again at once.
+    Who waits all the same is named in the gateways' next reports, within a second.
+    """
+    awake = InstanceState.ACTIVE
+    left = {
+        instances[key].alias
+        for key in reported
+        if (known := pool.instances.get(key)) and known.state is awake and instances[key].state in _LYING_DOWN
+    }
+    if left:
+        left -= {each.alias for each in instances.values() if each.state is awake}
+    if not left:
+        return pool.demand
+    return {**pool.demand, **{alias: unheard(pool.demand[alias]) for alias in left & pool.demand.keys()}}
 
 
 def _is_of(pool: Pool, instance: Instance) -> bool:
@@ -435,7 +458,9 @@ def _learned(pool: Pool, worker_id: str, observed: Iterable[tuple[str, What, flo
     """All that is known, with what was observed of these models."""
     learned = dict(pool.learned)
     for alias, what, value in observed:
-        learned[alias] = learning.learn(learned.get(alias, {}), worker_id, what, value)
+        before = learned.get(alias, {})
+        if learning.is_news(before, worker_id, what, value):
+            learned[alias] = learning.learn(before, worker_id, what, value)
     return learned
 
 

@@ -62,7 +62,7 @@ class SnapshotFeed:
                 )
             if self.connected:
                 pause = RETRY_INITIAL_S
-            self.connected = False
+            self.connected = self._table.current = False
             await asyncio.sleep(pause)
             pause = min(RETRY_MAX_S, pause * 2)
 

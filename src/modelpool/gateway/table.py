@@ -73,17 +73,22 @@ class Table:
         self._watchers: list[Callable[[], None]] = []
         self.epoch = ""
         self.sequence = 0
+        self.current = False
+        """The manager is being followed: there is no model but these."""
 
     @property
     def known(self) -> bool:
         return bool(self.epoch)
 
     def model(self, alias: str) -> Model:
-        """Raises ModelNotFound, or ManagerAway while nothing is known at all."""
+        """Raises ModelNotFound, or ManagerAway while a manager may know of it by now."""
         model = self._models.get(alias)
         if model is None:
             self._must_be_known()
             shown = alias if len(alias) <= _NAME_SHOWN_MAX else alias[: _NAME_SHOWN_MAX - 1] + "…"
+            if not self.current:
+                was = f"Before that there was no model `{shown}`."
+                raise ManagerAway(f"The manager is being started again. {was}", retry_after=RETRY_S)
             raise ModelNotFound(shown, nearest(alias, self._models))
         return model
 
@@ -124,7 +129,7 @@ class Table:
             changed = {alias: self._adopt(entry) for alias, entry in update.changed.items()}
             kept = {alias: model for alias, model in self._models.items() if alias not in update.removed}
             self._models = {**kept, **changed}
-        self.epoch, self.sequence = update.epoch, update.sequence
+        self.epoch, self.sequence, self.current = update.epoch, update.sequence, True
         self._instances.keep_only({route for model in self._models.values() for route in model.entry.routes})
         for watcher in self._watchers:
             watcher()

@@ -107,8 +107,8 @@ def _add_worker_routes(app: FastAPI, manager: ManagerPort) -> None:
         return answer(await manager.heartbeat(worker_id, decode_body(await request.body(), Heartbeat)))
 
     @app.delete("/workers/{worker_id}/unregister")
-    async def unregister(worker_id: str) -> Response:
-        await manager.unregister_worker(worker_id)
+    async def unregister(worker_id: str, incarnation: str = "") -> Response:
+        await manager.unregister_worker(worker_id, incarnation)
         return answer({"status": "success"})
 
 

@@ -119,6 +119,7 @@ class Manager:
         self._awaited: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._acted = asyncio.Event()
+        self._recovered = asyncio.Event()
         self._recollection = Recollection(store)
         self._writing = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
@@ -182,6 +183,8 @@ class Manager:
             self._pool, effects = reconcile(self._pool, now)
             for effect in effects:
                 self._own(self._order(effect))
+        if not self._pool.recovering:
+            self._recovered.set()
         self._publish()
 
     async def remember(self) -> None:
@@ -345,8 +348,11 @@ class Manager:
                 await self._store.add_model(spec, created)
                 self._take_model(spec, created)
                 self._act_now()
-                await self._told_gateways()  # before its user is: their first request may come at once
                 log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
+        # The gateways are told before its user is: their first request may come at once. While this manager still waits
+        # for its workers it tells them nothing.
+        await self._recovered.wait()
+        await self._told_gateways()
         return self._view(spec.alias)
 
     async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
@@ -509,12 +515,14 @@ class Manager:
             )
         )
 
-    async def unregister_worker(self, worker_id: str) -> None:
-        facts = self._facts.get(worker_id)
-        if facts is None:
-            raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
-        with suppress(StoreError):  # the next manager waits for it in vain, and not long
-            async with self._writing:
+    async def unregister_worker(self, worker_id: str, incarnation: str = "") -> None:
+        async with self._writing:
+            facts = self._facts.get(worker_id)
+            if facts is None:
+                raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
+            if incarnation not in ("", facts.info.incarnation):
+                raise WorkerNotFound(f"The worker `{worker_id}` was started again since; this life of it is over.")
+            with suppress(StoreError):  # the next manager waits for it in vain, and not long
                 await self._store.forget_worker(worker_id)
         log.info("worker %s leaves", worker_id)
         self._apply(core.WorkerLeft(worker_id, facts.info.incarnation))

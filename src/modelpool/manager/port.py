@@ -47,8 +47,11 @@ class ManagerPort(Protocol):
     async def heartbeat(self, worker_id: str, message: Heartbeat) -> HeartbeatAnswer:
         """What a worker runs now. Raises WorkerNotFound: then it registers again."""
 
-    async def unregister_worker(self, worker_id: str) -> None:
-        """A worker ends, and its instances with it. Raises WorkerNotFound."""
+    async def unregister_worker(self, worker_id: str, incarnation: str = "") -> None:
+        """A worker ends, and its instances with it.
+
+        Raises WorkerNotFound, also where that `incarnation` is over and the next one is there.
+        """
 
     async def make_key(self, spec: KeySpec) -> KeyMade:
         """Make an API key, which works when this returns. Raises Conflict where a live one has its name."""

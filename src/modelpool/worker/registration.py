@@ -95,7 +95,8 @@ class Registration:
             return
         with suppress(httpx.HTTPError, OSError, TimeoutError):
             async with asyncio.timeout(_UNREGISTER_S), _client(self._url, self._token, self._trusted) as http:
-                response = await http.delete(f"/workers/{quote(self._info.worker_id, safe='')}/unregister")
+                path = f"/workers/{quote(self._info.worker_id, safe='')}/unregister"
+                response = await http.delete(path, params={"incarnation": self._info.incarnation})
                 if response.is_success:
                     self._registered = False
                     log.info("unregistered at %s", self._url)

@@ -1,0 +1,56 @@
+"""What a manager makes of workers that come and go, and when it answers, over its API."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+
+from modelpool.messages.workers import RegisterWorker, WorkerInfo
+from tests.contract.test_keys import Pool, running_pool
+
+
+async def worker_registers(pool: Pool, incarnation: str) -> None:
+    # Nothing listens on port 1.
+    info = WorkerInfo(worker_id="w", incarnation=incarnation, url="http://127.0.0.1:1")
+    message = RegisterWorker(info=info, devices=(), engines={})
+    answer = await pool.http.post("/workers/register", content=msgspec.json.encode(message))
+    assert answer.status_code == 200, answer.text
+
+
+async def workers(pool: Pool) -> list[str]:
+    return [each["worker_id"] for each in (await pool.http.get("/workers")).json()["workers"]]
+
+
+def test_the_goodbye_of_an_earlier_life_of_a_worker_does_not_remove_the_next(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running_pool(tmp_path) as pool:
+            await worker_registers(pool, "1")
+            await worker_registers(pool, "2")
+            late = await pool.http.delete("/workers/w/unregister", params={"incarnation": "1"})
+            assert (late.status_code, late.json()["error"]["code"]) == (404, "worker_not_found")
+            assert await workers(pool) == ["w"]
+            assert (await pool.http.delete("/workers/w/unregister?incarnation=2")).status_code == 200
+            assert await workers(pool) == []
+
+    asyncio.run(story())
+
+
+def test_a_registration_is_answered_once_the_gateways_can_be_told(tmp_path: Path) -> None:
+    """A new manager tells them nothing until it has heard its workers: until then they would say 404."""
+
+    async def story() -> None:
+        async with running_pool(tmp_path) as pool:
+            await worker_registers(pool, "1")
+        async with running_pool(tmp_path, recovery_s=60) as pool:
+            body = {"alias": "m", "fake": True}
+            registering = asyncio.create_task(pool.http.post("/admin/models/register", json=body))
+            while not (await pool.http.get("/admin/models")).json()["models"]:
+                await asyncio.sleep(0)
+            assert not registering.done()
+            await worker_registers(pool, "1")
+            assert (await registering).status_code == 200
+            assert not (await pool.http.get("/admin/status")).json()["recovering"]
+
+    asyncio.run(story())
