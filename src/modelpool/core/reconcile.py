@@ -300,6 +300,8 @@ def _repeat_orders(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shor
         order_due = _due(instance.ordered_at, ORDER_RETRY_S, round_.now)
         if has_failed(instance) and _due(instance.retry_at, 0.0, round_.now):
             pool, shortage = _retry(pool, model, instance, round_) if wanted else (_set_by(pool, instance), shortage)
+        elif has_failed(instance) and model.alias in pool.shortages:
+            shortage = Shortage(pool.shortages[model.alias], hopeless=model.alias in pool.hopeless)
         elif not instance.acknowledged and order_due:
             pool = _start(pool, instance, round_)
         elif instance.order is not Step.NONE and order_due:
