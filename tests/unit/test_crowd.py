@@ -354,7 +354,7 @@ def played(world: World, script: list[tuple[str, str, int, int]]) -> None:
             world.happens(Tick())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(sizes, min_size=2, max_size=4), actions)
 def test_nobody_takes_what_is_not_there_and_whoever_waits_is_served_or_told_why(
     models: list[Size], script: list[tuple[str, str, int, int]]

@@ -352,7 +352,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(actions, st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10)))
 def test_memory_is_never_promised_twice_and_whoever_waits_is_served_in_the_end(
     script: list[tuple[str, str, int]], sizes: tuple[int, int, int]
