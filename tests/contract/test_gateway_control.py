@@ -23,6 +23,8 @@ class Manager:
         self.path = path / "control.sock"
         self.followers: set[asyncio.StreamWriter] = set()
         self.followed = asyncio.Event()
+        self.known: list[str] = []
+        """The epochs that those who came to follow it knew."""
         self.requests: list[tuple[bytes, bytes]] = []
         self.keys = keys_of()
         self.first: Update | bytes = snapshot_of()
@@ -33,6 +35,7 @@ class Manager:
             head, body = await read_message(reader)
             if head.startswith(b"GET /snapshots"):
                 writer.write(CHUNKED_OK + chunk(_line(self.keys)) + chunk(_line(self.first)))
+                self.known.append(head.split(b"epoch=")[1].split(b" ")[0].decode())
                 self.followers.add(writer)
                 self.followed.set()
                 await gone(reader)
@@ -148,6 +151,28 @@ async def test_with_the_manager_away_requests_go_on_and_a_new_one_is_followed(tm
             assert (await world.ask(chat("o"))).code == "model_not_found"
             assert (await world.ask(request("GET", "/admin/status"))).json == {"from": "manager"}
         assert (await world.ask(chat())).body == b"x"
+
+
+@on_uvloop
+async def test_a_manager_that_was_deposed_is_not_followed(tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    manager.first = snapshot_of(*some("a").values(), epoch="c.3")
+    async with gateway(home=tmp_path, follow=True) as world:
+        async with serving(manager, path=manager.path):
+            await until_listed(world, "a")
+        manager.path.unlink(missing_ok=True)
+        old = Manager(tmp_path)
+        old.first = snapshot_of(*some("wrong").values(), epoch="c.2", sequence=9)
+        async with serving(old, path=old.path):
+            while len(old.known) < 2:
+                await asyncio.sleep(0.01)
+            assert await names(world) == ["a"]
+        old.path.unlink(missing_ok=True)
+        new = Manager(tmp_path)
+        new.first = snapshot_of(*some("b").values(), epoch="c.4")
+        async with serving(new, path=new.path):
+            await until_listed(world, "b")
+            assert (old.known[0], new.known) == ("c.3", ["c.3"])
 
 
 @on_uvloop
