@@ -29,6 +29,7 @@ from modelpool.core.pool import (
 )
 from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Sleep, Start, Stop, Wake, next_deadline, step
 from modelpool.core.scaling import ScalingPolicy
+from tests.unit.controller import checked_step
 
 S = InstanceState
 POLICY = Policy(
@@ -293,7 +294,7 @@ class Machine:
         return sum(map(self.held, self.states))
 
     def happens(self, event: Event) -> None:
-        self.pool, effects = step(self.pool, event, self.now)
+        self.pool, effects = checked_step(self.pool, event, self.now)
         self.orders += effects
 
     def report(self) -> None:

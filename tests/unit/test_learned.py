@@ -170,7 +170,7 @@ def test_a_turn_is_as_long_as_what_was_learned_says() -> None:
         seen = learn(learned(start_s), "w", What.UNLOAD, 1.0)
         pool = replace(up("a"), learned={"a": seen})
         pool, _ = play((1, ModelRegistered(model("b"))), (2, asked(b=1)), pool=pool)
-        pool, effects = play((until - 0.5, heard(report("a"))), pool=pool)
+        pool, effects = play((until - 1, heard(report("a"))), pool=pool)
         assert effects == ()
         _, effects = play((until, heard(report("a"))), pool=pool)
         assert told(effects) == [("stop", "a")]

@@ -30,6 +30,7 @@ from modelpool.core.pool import (
     WorkerReported,
 )
 from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Start, Stop, ever_fits, free_name, next_deadline, step
+from tests.unit.controller import checked_step
 
 S = InstanceState
 POLICY = Policy(backoff_initial_s=1, backoff_max_s=8, heartbeat_timeout_s=60)
@@ -316,7 +317,7 @@ class World:
         self.orders: list[Effect] = []
 
     def happens(self, event: Event) -> None:
-        self.pool, effects = step(self.pool, event, self.now)
+        self.pool, effects = checked_step(self.pool, event, self.now)
         self.orders += effects
 
     def report(self, worker: str) -> None:

@@ -6,7 +6,7 @@ from msgspec import structs
 from modelpool.core.demand import Demand
 from modelpool.core.learned import What, learn
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.pool import Instance, Model, Pool, Worker
+from modelpool.core.pool import Instance, Model, Pool, Worker, with_instances
 from modelpool.manager.views import (
     DEFAULT_START_S,
     DEFAULT_WAKE_S,
@@ -50,12 +50,14 @@ def known(
     why = "" if alive else "its process has ended"
     worker = Worker(worker_id="w", incarnation="1", alive=alive, reason=why, back_until=back_until)
     return Known(
-        pool=Pool(
-            models={"m": model},
-            workers={"w": worker},
-            instances={("w", each.instance): each for each in instances},
-            demand={"m": Demand(asked_at=0.0)},
-            **pool,  # type: ignore[arg-type]
+        pool=with_instances(
+            Pool(
+                models={"m": model},
+                workers={"w": worker},
+                demand={"m": Demand(asked_at=0.0)},
+                **pool,  # type: ignore[arg-type]
+            ),
+            {("w", each.instance): each for each in instances},
         ),
         specs={"m": SPEC},
         facts={

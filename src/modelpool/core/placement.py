@@ -12,7 +12,7 @@ CPU_DEFAULT_BYTES = 2 * GB
 ACCELERATOR_DEFAULT_FRACTION = 0.9
 HOST = -1
 """The index that the machine's own memory has beside those of its accelerators."""
-_NAMED_MAX = 8
+NAMED_MAX = 8
 """So many workers are named in a refusal."""
 _CHOICES_MAX = 100
 """Sets of devices of one worker that are looked at where none fits."""
@@ -100,18 +100,13 @@ def place(need: Need, candidates: Sequence[Candidate]) -> Placement | Refusal:
     One where it failed comes last.
     """
     fitting = []
-    refusals = []
     for candidate in candidates:
-        devices, refusal = _fit(need, candidate)
-        if refusal:
-            refusals.append(f"{candidate.worker_id}: {refusal}")
-        else:
+        if _may_fit(need, candidate) and (devices := _fit(need, candidate)[0]):
             left = min(device.free_bytes - need.on(device) for device in devices)
             rank = (candidate.avoid, candidate.replicas_here, not candidate.has_files, -left, candidate.worker_id)
             fitting.append((rank, candidate, left, devices))
     if not fitting:
-        more = [f"and {len(refusals) - _NAMED_MAX} other workers"] if len(refusals) > _NAMED_MAX else []
-        return Refusal("; ".join([*refusals[:_NAMED_MAX], *more]) or "no worker is registered")
+        return Refusal(_why(need, candidates))
     _, chosen, left, devices = min(fitting, key=lambda choice: choice[0])
     files = "; its files are there" if chosen.has_files else ""
     return Placement(
@@ -189,6 +184,23 @@ def _state(room: Room) -> str:
 
 def _by_index(room: Room) -> int:
     return room.index
+
+
+def _may_fit(need: Need, candidate: Candidate) -> bool:
+    """A quick look, since mostly there is no room."""
+    least = need.bytes_each or 0
+    return not candidate.refusal and any(device.free_bytes >= least for device in candidate.devices)
+
+
+def _why(need: Need, candidates: Sequence[Candidate]) -> str:
+    """Why it fits nowhere: on every worker, or where these are very many on those with the most room."""
+    shown = candidates
+    if len(candidates) > NAMED_MAX:
+        shown = sorted(candidates, key=lambda each: -max((room.free_bytes for room in each.devices), default=0))
+    reasons = [f"{each.worker_id}: {_fit(need, each)[1]}" for each in shown[:NAMED_MAX]]
+    if more := len(candidates) - len(reasons):
+        reasons.append(f"and {more} other workers")
+    return "; ".join(reasons) or "no worker is registered"
 
 
 def gb(value: int) -> str:

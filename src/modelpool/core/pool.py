@@ -6,7 +6,7 @@ Models are wanted until someone removes them. Instances belong to a worker: losi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -150,6 +150,17 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     models: Mapping[str, Model] = {}
     workers: Mapping[str, Worker] = {}
     instances: Mapping[Key, Instance] = {}
+    """Changed by `with_instances` only, which keeps the next two."""
+    of_model: Mapping[str, tuple[Key, ...]] = {}
+    """alias → its instances; no entry where there are none."""
+    on_worker: Mapping[str, tuple[Key, ...]] = {}
+    """worker → its instances; no entry where there are none."""
+    touched: frozenset[str] = frozenset()
+    """Models, registered or not, about which something has changed since it was last decided what becomes of them."""
+    kept_for: Mapping[str, str] = {}
+    """worker → the model for whose requests room is being made there."""
+    due: Mapping[str, float] = {}
+    """alias → when time alone may change what is decided."""
     shortages: Mapping[str, str] = {}
     """alias → why a wanted replica of it runs nowhere."""
     hopeless: frozenset[str] = frozenset()
@@ -306,19 +317,19 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
                 learned={**pool.learned, model.alias: learned},
                 demand={**pool.demand, model.alias: Demand(asked_at=now)},
                 wanted_up=pool.wanted_up if resting else pool.wanted_up | {model.alias},
+                touched=pool.touched | {model.alias},
             )
         case ModelChanged(model):
-            return replace(pool, models={**pool.models, model.alias: model})
+            return _touched(replace(pool, models={**pool.models, model.alias: model}), [model.alias])
         case ModelRemoved(alias):
             unwanted = {
-                key: replace(each, unwanted_since=now - UNWANTED_GRACE_S)
-                for key, each in pool.instances.items()
-                if each.alias == alias
+                key_of(each): replace(each, unwanted_since=now - UNWANTED_GRACE_S) for each in instances_of(pool, alias)
             }
             return replace(
-                pool,
+                _touched(with_instances(pool, unwanted), [alias]),
                 models=_without(pool.models, alias),
-                instances={**pool.instances, **unwanted},
+                hopeless=pool.hopeless - {alias},
+                due=_without(pool.due, alias),
                 shortages=_without(pool.shortages, alias),
                 learned=_without(pool.learned, alias),
                 demand=_without(pool.demand, alias),
@@ -344,20 +355,21 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
         case DemandHeard(gateway, seen):
             return _demanded(pool, gateway, seen, now)
         case GatewayGone(gateway):
-            return replace(pool, demand={alias: forgotten(each, gateway) for alias, each in pool.demand.items()})
+            left = {alias: forgotten(each, gateway) for alias, each in pool.demand.items() if gateway in each.gateways}
+            return replace(pool, demand={**pool.demand, **left}, touched=pool.touched | left.keys())
         case Tick():
             return _time_passed(pool, now)
 
 
 def _demanded(pool: Pool, gateway: str, seen: Mapping[str, Seen], now: float) -> Pool:
     """A model that a gateway says nothing of has nothing there."""
-    demand = dict(pool.demand)
-    for alias, each in pool.demand.items():
-        if alias in seen or gateway in each.gateways:
-            demand[alias] = heard(
-                each, gateway, seen.get(alias, Seen()), now, over_s=pool.policy.scaling.averaged_over_s
-            )
-    return replace(pool, demand=demand)
+    over_s = pool.policy.scaling.averaged_over_s
+    changed = {
+        alias: heard(each, gateway, seen.get(alias, Seen()), now, over_s=over_s)
+        for alias, each in pool.demand.items()
+        if alias in seen or gateway in each.gateways
+    }
+    return replace(pool, demand={**pool.demand, **changed}, touched=pool.touched | changed.keys())
 
 
 def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
@@ -372,8 +384,7 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
         engines=event.engines,
         last_seen=now,
     )
-    mine = {key: instance for key, instance in pool.instances.items() if key[0] == event.worker_id}
-    others = {key: instance for key, instance in pool.instances.items() if key[0] != event.worker_id}
+    mine = {key: pool.instances[key] for key in pool.on_worker.get(event.worker_id, ())}
     observed: list[tuple[str, What, float]] = []
     merged: dict[Key, Instance] = {}
     for report in event.reports:
@@ -398,21 +409,24 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
             lost.add(instance.alias)
     there = (InstanceState.ACTIVE, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
     up = {each.alias for each in merged.values() if each.state in there and _is_of(pool, each)}
-    instances = others | merged
+    news = {key: each for key, each in merged.items() if each != pool.instances.get(key)}
+    if before is None or before != replace(worker, last_seen=before.last_seen):
+        pool = _room_changed(pool)
+    if before is None or not before.alive:
+        pool = _touched(pool, (each.alias for each in merged.values()))
+    instances_before = pool.instances
+    pool = with_instances(pool, news, gone=mine.keys() - merged.keys())
     return replace(
         pool,
         workers={**pool.workers, event.worker_id: worker},
-        instances=instances,
-        demand=_without_those_served(pool, merged.keys(), instances),
+        demand=_without_those_served(pool, event.worker_id, instances_before),
         learned=_learned(pool, event.worker_id, observed) if observed else pool.learned,
         wanted_up=(pool.wanted_up | (lost & pool.models.keys())) - up,
         awaited=pool.awaited - {event.worker_id},
     )
 
 
-def _without_those_served(
-    pool: Pool, reported: Iterable[Key], instances: Mapping[Key, Instance]
-) -> Mapping[str, Demand]:
+def _without_those_served(pool: Pool, worker_id: str, before: Mapping[Key, Instance]) -> Mapping[str, Demand]:
     """Nobody is taken to wait any more for a model that has just left ACTIVE without an order of ours.
 
     Whoever was counted as waiting had been served, and a report of it was not due yet: it would be woken again at once.
@@ -420,12 +434,11 @@ def _without_those_served(
     """
     awake = InstanceState.ACTIVE
     left = {
-        instances[key].alias
-        for key in reported
-        if (known := pool.instances.get(key)) and known.state is awake and instances[key].state in _LYING_DOWN
+        each.alias
+        for each in instances_on(pool, worker_id)
+        if each.state in _LYING_DOWN and (known := before.get(key_of(each))) and known.state is awake
     }
-    if left:
-        left -= {each.alias for each in instances.values() if each.state is awake}
+    left = {alias for alias in left if not any(each.state is awake for each in instances_of(pool, alias))}
     if not left:
         return pool.demand
     return {**pool.demand, **{alias: unheard(pool.demand[alias]) for alias in left & pool.demand.keys()}}
@@ -518,6 +531,7 @@ def _merge(
     )
     if known is None:
         return _failed(policy, seen, report.reason, now, at=report.changed_at) if has_failed(seen) else seen
+    still = (*_LYING_DOWN, seen.state)
     merged = replace(
         seen,
         stopping=known.stopping,
@@ -526,7 +540,7 @@ def _merge(
         active_since=known.active_since if known.state is InstanceState.ACTIVE else now,
         unwanted_since=known.unwanted_since,
         # One that went to sleep without an order of ours was idle from then on, as far as anybody knows.
-        idle_since=known.idle_since if known.order is not Step.NONE or known.state in _LYING_DOWN else now,
+        idle_since=known.idle_since if known.order is not Step.NONE or known.state in still else now,
         woken_from=known.woken_from if seen.state is InstanceState.WAKING else 0,
     )
     if known.order is not Step.NONE and seen.state is known.ordered_in:
@@ -589,10 +603,10 @@ def _gone(pool: Pool, event: WorkerGone, now: float) -> Pool:
 
 def _without_instances(pool: Pool, worker_id: str) -> Pool:
     """They are lost; the models of those that were up are to be brought up again."""
-    lost = {each.alias for key, each in pool.instances.items() if key[0] == worker_id and _is_up(each)}
+    gone = pool.on_worker.get(worker_id, ())
+    lost = {each.alias for key in gone if _is_up(each := pool.instances[key])}
     return replace(
-        pool,
-        instances={key: each for key, each in pool.instances.items() if key[0] != worker_id},
+        _room_changed(with_instances(pool, {}, gone=gone)),
         wanted_up=pool.wanted_up | (lost & pool.models.keys()),
     )
 
@@ -621,9 +635,10 @@ def _time_passed(pool: Pool, now: float) -> Pool:
     awaited = pool.awaited if now < pool.recover_until else frozenset()
     if not lost and not given_up and awaited == pool.awaited:
         return pool
-    missed = {each.alias for each in pool.instances.values() if each.worker_id in lost and _is_up(each)}
+    there = [pool.instances[key] for worker_id in lost for key in pool.on_worker.get(worker_id, ())]
+    missed = {each.alias for each in there if _is_up(each)}
     return replace(
-        pool,
+        _touched(_room_changed(pool), (each.alias for each in there)),
         workers={**pool.workers, **lost, **given_up},
         awaited=awaited,
         wanted_up=pool.wanted_up | (missed & pool.models.keys()),
@@ -634,8 +649,63 @@ def key_of(instance: Instance) -> Key:
     return (instance.worker_id, instance.instance)
 
 
+def instances_of(pool: Pool, alias: str) -> list[Instance]:
+    """All instances of a model, in the order in which they came."""
+    return [pool.instances[key] for key in pool.of_model.get(alias, ())]
+
+
+def instances_on(pool: Pool, worker_id: str) -> list[Instance]:
+    return [pool.instances[key] for key in pool.on_worker.get(worker_id, ())]
+
+
+def with_instances(pool: Pool, changed: Mapping[Key, Instance], *, gone: Collection[Key] = ()) -> Pool:
+    """The pool with these, new or in the place of what they were, and without those."""
+    if not changed and not gone:
+        return pool
+    before, instances = pool.instances, {**pool.instances, **changed}
+    for key in gone:
+        del instances[key]
+    left = {*gone, *(key for key, each in changed.items() if key in before and before[key].alias != each.alias)}
+    joined = [key for key in changed if key in left or key not in before]
+    if left or joined:
+        pool = replace(
+            pool,
+            of_model=_regrouped(
+                pool.of_model, {key: before[key].alias for key in left}, {key: changed[key].alias for key in joined}
+            ),
+            on_worker=_regrouped(pool.on_worker, {key: key[0] for key in left}, {key: key[0] for key in joined}),
+        )
+    aliases = {each.alias for each in changed.values()} | {before[key].alias for key in left}
+    return _room_changed(_touched(replace(pool, instances=instances), aliases))
+
+
+def _regrouped(
+    groups: Mapping[str, tuple[Key, ...]], left: Mapping[Key, str], joined: Mapping[Key, str]
+) -> Mapping[str, tuple[Key, ...]]:
+    """Without those that left a group, and with those that joined one."""
+    changed = dict(groups)
+    for key, group in left.items():
+        changed[group] = tuple(each for each in changed[group] if each != key)
+    for key, group in joined.items():
+        changed[group] = (*changed.get(group, ()), key)
+    for group in set(left.values()):
+        if not changed[group]:
+            del changed[group]
+    return changed
+
+
+def _touched(pool: Pool, aliases: Iterable[str]) -> Pool:
+    """With these models to be looked at."""
+    return replace(pool, touched=pool.touched.union(aliases))
+
+
+def _room_changed(pool: Pool) -> Pool:
+    """With a look at those who lack room: what a worker holds or may be asked has changed."""
+    return _touched(pool, pool.shortages) if pool.shortages else pool
+
+
 def put(pool: Pool, key: Key, instance: Instance) -> Pool:
-    return replace(pool, instances={**pool.instances, key: instance})
+    return with_instances(pool, {key: instance})
 
 
 def change(pool: Pool, key: Key, **fields: Any) -> Pool:

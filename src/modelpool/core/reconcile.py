@@ -6,7 +6,8 @@ Pure, like core/pool.py: the manager's loop brings the events and the time, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 
 import msgspec
 from msgspec.structs import replace
@@ -15,7 +16,7 @@ from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, first_pla
 from modelpool.core.learned import HELD, HELD_ON_HOST, SLEEP, WAKE, What, expected, slow, typical
 from modelpool.core.ledger import Ledger, accelerated, ledger, on_device, on_host
 from modelpool.core.lifecycle import InstanceState, sleep_level
-from modelpool.core.placement import GB, HOST, Candidate, Need, Placement, Refusal, gb, place, shortfalls
+from modelpool.core.placement import GB, HOST, NAMED_MAX, Candidate, Need, Placement, Refusal, gb, place, shortfalls
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
     Event,
@@ -24,9 +25,12 @@ from modelpool.core.pool import (
     Model,
     Policy,
     Pool,
+    Worker,
     apply,
     change,
     has_failed,
+    instances_of,
+    instances_on,
     key_of,
     put,
 )
@@ -40,6 +44,14 @@ _RECHECK_S = 1.0
 _MINUTE_S = 60.0
 _START_GUESS_S = 10.0
 _TURN_FACTOR = 4.0
+# What a round costs is counted in looks at a model, 25 µs each, so that it takes some 50 ms at most.
+_COST_MAX = 1500.0
+_LOOK_COST = 1.0
+_ORDER_COST = 10.0
+_WORKER_COST = 0.4
+_HOLDER_COST = 1.0
+_ASKED_MAX = 100
+"""Workers of which it is asked at once who may give way there."""
 _HOST_GUESS_BYTES = 2 * GB
 """Of the machine's memory, beside accelerators: what an engine's processes take, before that was measured."""
 _AVOIDED_AFTER = 2
@@ -80,34 +92,32 @@ Effect = Start | Stop | Sleep | Wake
 
 
 class _Round:
-    """One reconciliation: its time, the orders so far, what was decided, and which instances each model has."""
+    """One reconciliation: its time, the orders so far, what was decided, and what that has cost."""
 
-    def __init__(self, pool: Pool, now: float) -> None:
+    def __init__(self, now: float) -> None:
         self.now = now
+        self.cost = 0.0
         self.effects: list[Effect] = []
         self.wishes: dict[str, Wish] = {}
+        self.shortages: dict[str, Shortage] = {}
         self.kept_for: dict[str, str] = {}
         """worker → the model for whose requests room is being made there."""
-        self._keys: dict[str, list[Key]] = {}
-        self._on: dict[str, list[Key]] = {}
-        for key, instance in pool.instances.items():
-            self._keys.setdefault(instance.alias, []).append(key)
-            self._on.setdefault(key[0], []).append(key)
+        self.refused: dict[object, Shortage] = {}
+        """What was not to be had where nobody waits: no order makes room at once."""
+        self._ledgers: dict[str, Ledger] = {}
 
-    def of(self, pool: Pool, alias: str) -> list[Instance]:
-        """All instances of a model."""
-        return [pool.instances[key] for key in self._keys.get(alias, ())]
+    def give(self, effect: Effect) -> None:
+        """An order. What is set aside on its worker changes with it."""
+        self.effects.append(effect)
+        self.cost += _ORDER_COST
+        self._ledgers.pop(effect.worker_id, None)
 
-    def on(self, pool: Pool, worker_id: str) -> list[Instance]:
-        """All instances on a worker."""
-        return [pool.instances[key] for key in self._on.get(worker_id, ())]
-
-    def joined(self, key: Key, alias: str) -> None:
-        """A new instance was made up."""
-        keys = self._keys.setdefault(alias, [])
-        if key not in keys:
-            keys.append(key)
-            self._on.setdefault(key[0], []).append(key)
+    def ledger(self, pool: Pool, worker: Worker) -> Ledger:
+        """What there is room for on a worker now."""
+        books = self._ledgers.get(worker.worker_id)
+        if books is None:
+            books = self._ledgers[worker.worker_id] = ledger(worker, instances_on(pool, worker.worker_id))
+        return books
 
 
 def step(pool: Pool, event: Event, now: float) -> tuple[Pool, tuple[Effect, ...]]:
@@ -116,32 +126,58 @@ def step(pool: Pool, event: Event, now: float) -> tuple[Pool, tuple[Effect, ...]
 
 
 def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
-    """The orders that bring what runs nearer to what is wanted, and the pool as it is once they are given."""
+    """The orders that bring what runs nearer to what is wanted, and the pool as it is once they are given.
+
+    Only models are looked at about which something changed, or whose time has come. One round does so much at most,
+    for those who wait first; the others are due at once.
+    """
     if pool.recovering:
         return pool, ()
-    round_ = _Round(pool, now)
-    pool = _stop_unwanted(pool, round_)
-    shortages: dict[str, str] = {}
-    hopeless: set[str] = set()
-    for model in sorted(pool.models.values(), key=lambda each: _urgency(pool, each, now)):
-        pool, shortage = _advance(pool, model, round_)
-        if shortage is not None:
-            shortages[model.alias] = shortage.reason
-        if shortage is not None and shortage.hopeless:
-            hopeless.add(model.alias)
-    pool = replace(pool, shortages=shortages, hopeless=frozenset(hopeless), wishes=round_.wishes)
-    return pool, tuple(round_.effects)
+    round_ = _Round(now)
+    looked_at = pool.touched.union(alias for alias, due in pool.due.items() if due <= now)
+    if not looked_at.isdisjoint(pool.kept_for.values()):
+        looked_at |= pool.shortages.keys()  # the room may be theirs now
+    round_.kept_for = {worker_id: alias for worker_id, alias in pool.kept_for.items() if alias not in looked_at}
+    pool = replace(pool, touched=frozenset())
+    for alias in sorted(looked_at):
+        pool = _stop_unwanted(pool, alias, round_)
+    models = [pool.models[alias] for alias in looked_at if alias in pool.models]
+    models.sort(key=lambda each: _urgency(pool, each, now))
+    done = 0
+    while done < len(models) and round_.cost < _COST_MAX:
+        pool = _advance(pool, models[done], round_)
+        done += 1
+    return _settled(pool, looked_at, {model.alias for model in models[done:]}, round_), tuple(round_.effects)
+
+
+def _settled(pool: Pool, looked_at: frozenset[str], postponed: Collection[str], round_: _Round) -> Pool:
+    """With what was decided, and when it is to be decided anew."""
+    done, short = looked_at.difference(postponed), round_.shortages
+    lasting = {alias: reason for alias, reason in pool.shortages.items() if alias not in done}
+    pool = replace(
+        pool,
+        wishes={**pool.wishes, **round_.wishes},
+        shortages=lasting | {alias: each.reason for alias, each in short.items()},
+        hopeless=(pool.hopeless - done).union(alias for alias, each in short.items() if each.hopeless),
+        kept_for=round_.kept_for,
+    )
+    due = {**pool.due, **{alias: _due_at(pool, alias, round_.now) for alias in done | pool.touched}}
+    due |= dict.fromkeys(postponed, round_.now)
+    for alias in [each for each in done | pool.touched if due[each] == math.inf]:
+        del due[alias]
+    return replace(pool, due=due)
 
 
 class Shortage(msgspec.Struct, frozen=True):
     """What keeps a step from being taken. `hopeless`: it will not pass by itself, nor because somebody asks.
 
-    `passing`: room is being made.
+    `passing`: room is being made. `due`: when time alone may have lifted it.
     """
 
     reason: str
     hopeless: bool = False
     passing: bool = False
+    due: float = math.inf
 
 
 def _urgency(pool: Pool, model: Model, now: float) -> tuple[float, float, int, str]:
@@ -159,11 +195,11 @@ def _urgency(pool: Pool, model: Model, now: float) -> tuple[float, float, int, s
     return -math.inf if overdue else -pays, demand.waiting_since, model.created, model.alias
 
 
-def replicas_wanted(pool: Pool, model: Model, instances: Iterable[Instance]) -> int:
+def replicas_wanted(pool: Pool, model: Model) -> int:
     """How many there are to be now: those to be kept, one for who asks, and those that load brought up."""
     least = scaling_of(pool.policy, model).min_replicas
     asked = to_be_up(pool, model) or pool.demand[model.alias].waiting > 0
-    up = [_replica(pool, each) for each in _usable(pool, model, instances)]
+    up = [_replica(pool, each) for each in _usable(pool, model)]
     return max(least, 1 if asked else 0, sum(each.state not in _DOWN for each in up))
 
 
@@ -172,14 +208,15 @@ def to_be_up(pool: Pool, model: Model) -> bool:
     return model.preload or model.alias in pool.wanted_up
 
 
-def _stop_unwanted(pool: Pool, round_: _Round) -> Pool:
-    for key, instance in list(pool.instances.items()):
-        model = pool.models.get(instance.alias)
+def _stop_unwanted(pool: Pool, alias: str, round_: _Round) -> Pool:
+    model = pool.models.get(alias)
+    for instance in instances_of(pool, alias):
+        key = key_of(instance)
         if not _alive(pool, instance):
             continue
         if instance.stopping:
             if _due(instance.ordered_at, ORDER_RETRY_S, round_.now):
-                round_.effects.append(Stop(worker_id=key[0], instance=key[1], reason="asked again"))
+                round_.give(Stop(worker_id=key[0], instance=key[1], reason="asked again"))
                 pool = change(pool, key, ordered_at=round_.now)
         elif model is not None and model.key != instance.key:
             pool = _stop(pool, key, "the alias was registered with another model", round_)
@@ -193,16 +230,17 @@ def _stop_unwanted(pool: Pool, round_: _Round) -> Pool:
 
 
 def _stop(pool: Pool, key: Key, reason: str, round_: _Round) -> Pool:
-    round_.effects.append(Stop(worker_id=key[0], instance=key[1], reason=reason))
+    round_.give(Stop(worker_id=key[0], instance=key[1], reason=reason))
     return change(pool, key, stopping=True, ordered_at=round_.now, starting_since=round_.now)
 
 
-def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage | None]:
-    """Take the steps of one model that are due, and say what keeps it from another one."""
+def _advance(pool: Pool, model: Model, round_: _Round) -> Pool:
+    """Take the steps of one model that are due, and note what keeps it from another one."""
+    round_.cost += _LOOK_COST
     pool = _stop_surplus(pool, model, round_)
     pool, shortage = _repeat_orders(pool, model, round_)
     for _ in range(_STEPS_MAX):
-        replicas = [_replica(pool, each) for each in _usable(pool, model, round_.of(pool, model.alias))]
+        replicas = [_replica(pool, each) for each in _usable(pool, model)]
         decided = wish(
             scaling_of(pool.policy, model),
             pool.demand[model.alias],
@@ -213,16 +251,19 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shortage |
         )
         round_.wishes[model.alias] = decided
         if decided.step is Step.NONE:
-            return pool, shortage
+            break
         before = len(round_.effects)
         pool, blocked = _take(pool, model, decided, round_)
         if len(round_.effects) > before:
             pool = replace(pool, stepped_at={**pool.stepped_at, model.alias: round_.now})
         if blocked:
-            if decided.urgent:
-                round_.wishes[model.alias] = replace(decided, due=round_.now + _RECHECK_S)
-            return pool, blocked
-    return pool, shortage
+            shortage = blocked
+            due = round_.now + _RECHECK_S if decided.urgent else blocked.due
+            round_.wishes[model.alias] = replace(decided, due=due)
+            break
+    if shortage is not None:
+        round_.shortages[model.alias] = shortage
+    return pool
 
 
 def scaling_of(policy: Policy, model: Model) -> ScalingPolicy:
@@ -259,9 +300,10 @@ def _first(own: float | None, general: float) -> float:
     return general if own is None else own
 
 
-def _usable(pool: Pool, model: Model, instances: Iterable[Instance]) -> list[Instance]:
+def _usable(pool: Pool, model: Model) -> list[Instance]:
     """Those of a model's instances that count as its replicas."""
-    return [each for each in instances if not each.stopping and each.key == model.key and _alive(pool, each)]
+    mine = instances_of(pool, model.alias)
+    return [each for each in mine if not each.stopping and each.key == model.key and _alive(pool, each)]
 
 
 def _replica(pool: Pool, instance: Instance) -> Replica:
@@ -287,7 +329,7 @@ def _replica(pool: Pool, instance: Instance) -> Replica:
 
 def _stop_surplus(pool: Pool, model: Model, round_: _Round) -> Pool:
     most = scaling_of(pool.policy, model).max_replicas
-    for surplus in sorted(_usable(pool, model, round_.of(pool, model.alias)), key=_worth)[most:]:
+    for surplus in sorted(_usable(pool, model), key=_worth)[most:]:
         pool = _stop(pool, key_of(surplus), f"{most} replicas are the most", round_)
     return pool
 
@@ -296,7 +338,7 @@ def _repeat_orders(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shor
     """Start failed instances again when that is due, and give orders again that nothing came of."""
     wanted = _wanted(pool, model, round_.now)
     shortage = None
-    for instance in _usable(pool, model, round_.of(pool, model.alias)):
+    for instance in _usable(pool, model):
         order_due = _due(instance.ordered_at, ORDER_RETRY_S, round_.now)
         if has_failed(instance) and _due(instance.retry_at, 0.0, round_.now):
             pool, shortage = _retry(pool, model, instance, round_) if wanted else (_set_by(pool, instance), shortage)
@@ -351,13 +393,13 @@ def _take(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool
     """One step, or what is in its way."""
     if decided.step is Step.START:
         return _start_another(pool, model, decided, round_)
-    usable = _usable(pool, model, round_.of(pool, model.alias))
-    instance = next(each for each in usable if each.instance == decided.replica)
+    instance = next(each for each in _usable(pool, model) if each.instance == decided.replica)
     step = _within_host(pool, instance, decided.step, round_)
     if step is Step.UNLOAD:
         return _stop(pool, key_of(instance), decided.reason, round_), None
     if not _due(instance.ordered_at, ORDER_RETRY_S, round_.now) and instance.ordered_in is instance.state:
-        return pool, Shortage("its last order was refused a moment ago")
+        due = (instance.ordered_at or 0.0) + ORDER_RETRY_S
+        return pool, Shortage("its last order was refused a moment ago", due=due)
     if step is Step.WAKE:
         pool, blocked = _room_to_wake(pool, model, instance, decided, round_)
         if blocked and decided.urgent and not blocked.passing:
@@ -371,7 +413,7 @@ def _within_host(pool: Pool, instance: Instance, step: Step, round_: _Round) -> 
     """The step, or the next one down that the machine has room for."""
     if step not in LEVEL:
         return step
-    books = ledger(pool.workers[instance.worker_id], round_.on(pool, instance.worker_id))
+    books = round_.ledger(pool, pool.workers[instance.worker_id])
     deeper = (Step.SLEEP_1, Step.SLEEP_2)[LEVEL[step] - 1 :]
     return next((each for each in deeper if _can_sleep(instance, each, books)), Step.UNLOAD)
 
@@ -396,9 +438,9 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Rou
     key, state = key_of(instance), instance.state
     again = instance.order is step
     if step is Step.WAKE:
-        round_.effects.append(Wake(worker_id=key[0], instance=key[1], reason=reason))
+        round_.give(Wake(worker_id=key[0], instance=key[1], reason=reason))
     else:
-        round_.effects.append(Sleep(worker_id=key[0], instance=key[1], level=LEVEL[step], reason=reason))
+        round_.give(Sleep(worker_id=key[0], instance=key[1], level=LEVEL[step], reason=reason))
         if state is InstanceState.ACTIVE:
             state = InstanceState.DRAINING  # no route leads there from round_.now on
     return change(
@@ -415,11 +457,14 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Rou
 
 
 def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool, Shortage | None]:
-    mine = round_.of(pool, model.alias)
+    mine = instances_of(pool, model.alias)
     ending = {each.instance for each in mine if each.stopping and _alive(pool, each)}
     name = free_name(model.alias, {each.instance for each in mine} - ending)
     if name in ending:
         return pool, Shortage("waits for its former instance to end")
+    asked_for = (model.engine, _need(pool, model), scaling_of(pool.policy, model).min_replicas)
+    if not decided.urgent and asked_for in round_.refused:
+        return pool, round_.refused[asked_for]
     candidates = _candidates(pool, model, round_)
     if not decided.urgent:
         candidates = [_unless_kept(each, round_) for each in candidates]
@@ -427,7 +472,8 @@ def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> t
     if isinstance(choice, Placement):
         return _start(pool, _new_instance(pool, model, name, choice), round_), None
     if not decided.urgent:
-        return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model, round_))
+        round_.refused[asked_for] = Shortage(choice.reason, hopeless=not ever_fits(pool, model, round_))
+        return pool, round_.refused[asked_for]
     return _make_room(pool, model, _lacking(pool, model, candidates), choice, round_)
 
 
@@ -441,8 +487,8 @@ def _elsewhere(
     pool: Pool, model: Model, sleeper: Instance, decided: Wish, blocked: Shortage, round_: _Round
 ) -> tuple[Pool, Shortage | None]:
     """Somebody waits, and this sleeper cannot be woken: another one that can, or a start where there is room."""
-    mine = round_.of(pool, model.alias)
-    usable = _usable(pool, model, mine)
+    mine = instances_of(pool, model.alias)
+    usable = _usable(pool, model)
     for other in usable:
         if other.state in _ASLEEP and other.order is Step.NONE and not _lacking_to_wake(pool, other, round_):
             return _order(pool, other, Step.WAKE, decided.reason, round_), None
@@ -474,7 +520,7 @@ def _room_to_wake(
 def _lacking_to_wake(pool: Pool, instance: Instance, round_: _Round) -> dict[int, int]:
     """Bytes by device."""
     worker = pool.workers[instance.worker_id]
-    books = ledger(worker, round_.on(pool, worker.worker_id))
+    books = round_.ledger(pool, worker)
     needed = on_device(replace(instance, order=Step.WAKE), accelerated=accelerated(worker)).unseen
     rooms = [room for index in instance.devices if (room := books.room(index)) is not None]
     return {room.index: needed - room.free_bytes for room in rooms if room.free_bytes < needed}
@@ -493,9 +539,10 @@ def _make_room(
     """
     plans: list[tuple[float, str, Plan]] = []
     refusals: list[tuple[str, NoPlan]] = []
-    moving = False
-    for worker_id, options in lacking.items():
-        here = round_.on(pool, worker_id)
+    moving = len(lacking) > _ASKED_MAX
+    for worker_id in _asked(lacking, round_.now):
+        options, here = lacking[worker_id], instances_on(pool, worker_id)
+        round_.cost += _HOLDER_COST * len(here)
         rests = []
         for short in options:
             coming = {index: sum(_returning(each, index) for each in here) for index in short}
@@ -505,7 +552,7 @@ def _make_room(
                 return pool, Shortage(f"waits for memory that is being given back on {worker_id}", passing=True)
         if not rests:
             continue
-        books = ledger(pool.workers[worker_id], here)
+        books = round_.ledger(pool, pool.workers[worker_id])
         holders = [_holder(pool, each, books, model, round_) for each in here if not _leaving(each)]
         result = first_plan(rests, holders, model.alias)
         if isinstance(result, NoPlan):
@@ -514,7 +561,7 @@ def _make_room(
         else:
             plans.append((result.cost, worker_id, result))
     if not plans:
-        reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals)]
+        reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals[:NAMED_MAX])]
         return pool, Shortage("; ".join(reasons), hopeless=not moving)
     _, worker_id, cheapest = min(plans, key=lambda each: each[:2])
     for eviction in cheapest.evictions:
@@ -528,6 +575,12 @@ def _make_room(
     names = ", ".join(each.instance for each in cheapest.evictions)
     _keep_room(pool, worker_id, model, round_)
     return pool, Shortage(f"waits for {names} to give way on {worker_id}", passing=True)
+
+
+def _asked(workers: Collection[str], now: float) -> list[str]:
+    """The workers where it is asked who may give way: all; of very many others each time."""
+    first = int(now / _RECHECK_S) * _ASKED_MAX % max(1, len(workers))
+    return [*islice(workers, first, None), *islice(workers, first)][:_ASKED_MAX]
 
 
 def _keep_room(pool: Pool, worker_id: str, model: Model, round_: _Round) -> None:
@@ -612,7 +665,7 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tup
     recent = [at for at in pool.swaps.get(instance.worker_id, ()) if round_.now - at < _MINUTE_S]
     if len(recent) >= pool.policy.swaps_per_minute:
         return f"stays, since {len(recent)} gave way there within a minute", True
-    awake = [each for each in _usable(pool, model, round_.of(pool, model.alias)) if each.state is InstanceState.ACTIVE]
+    awake = [each for each in _usable(pool, model) if each.state is InstanceState.ACTIVE]
     if len(awake) <= scaling_of(pool.policy, model).min_replicas:
         return "is one of the replicas to be kept", False
     up_s = round_.now - instance.active_since
@@ -647,9 +700,13 @@ def _swap_s(pool: Pool, instance: Instance) -> float:
 
 def ever_fits(pool: Pool, model: Model, round_: _Round | None = None) -> bool:
     """Whether all wanted replicas would fit if nothing else ran on the workers that are there. True while none is."""
-    candidates = [_emptied(each) for each in _candidates(pool, model, round_ or _Round(pool, 0.0))]
-    for _ in range(max(1, scaling_of(pool.policy, model).min_replicas) if candidates else 0):
-        choice = place(_need(pool, model), candidates)
+    need, candidates = _need(pool, model), _candidates(pool, model, round_ or _Round(0.0))
+    replicas = max(1, scaling_of(pool.policy, model).min_replicas) if candidates else 0
+    if replicas == 1:
+        return any(isinstance(place(need, [_emptied(each)]), Placement) for each in candidates)
+    candidates = [_emptied(each) for each in candidates]
+    for _ in range(replicas):
+        choice = place(need, candidates)
         if isinstance(choice, Refusal):
             return False
         candidates = [_less(each, choice) if each.worker_id == choice.worker_id else each for each in candidates]
@@ -678,7 +735,7 @@ def _worth(instance: Instance) -> tuple[int, int, str]:
 
 
 def _start(pool: Pool, instance: Instance, round_: _Round) -> Pool:
-    round_.effects.append(
+    round_.give(
         Start(worker_id=instance.worker_id, instance=instance.instance, alias=instance.alias, devices=instance.devices)
     )
     again = instance.starting_since if not has_failed(instance) and instance.starting_since else round_.now
@@ -691,7 +748,6 @@ def _start(pool: Pool, instance: Instance, round_: _Round) -> Pool:
         starting_since=again,
         retry_at=None,
     )
-    round_.joined(key_of(instance), instance.alias)
     return put(pool, key_of(instance), started)
 
 
@@ -731,12 +787,13 @@ def _need(pool: Pool, model: Model) -> Need:
 
 def _candidates(pool: Pool, model: Model, round_: _Round, failed: Instance | None = None) -> list[Candidate]:
     """The workers that are alive. `failed` is to be started again: it holds nothing where it was."""
-    others = [each.worker_id for each in round_.of(pool, model.alias) if each is not failed]
+    round_.cost += _WORKER_COST * len(pool.workers)
+    others = [each.worker_id for each in instances_of(pool, model.alias) if each is not failed]
     avoided = failed.worker_id if failed and (failed.permanent or failed.failures >= _AVOIDED_AFTER) else ""
     found = []
     for worker in pool.workers.values():
         if worker.alive:
-            books = ledger(worker, round_.on(pool, worker.worker_id))
+            books = round_.ledger(pool, worker)
             found.append(
                 Candidate(
                     worker_id=worker.worker_id,
@@ -756,18 +813,27 @@ def next_deadline(pool: Pool) -> float | None:
     times: list[float] = [pool.recover_until] if pool.recovering else []
     times += [worker.last_seen + pool.policy.heartbeat_timeout_s for worker in pool.workers.values() if worker.alive]
     times += [worker.back_until for worker in pool.workers.values() if worker.back_until is not None]
-    for instance in pool.instances.values():
+    return min((*times, *pool.due.values()), default=None)
+
+
+def _due_at(pool: Pool, alias: str, now: float) -> float:
+    """When to look at this model and its instances although nothing happens; infinity: not at all."""
+    model, decided = pool.models.get(alias), pool.wishes.get(alias)
+    wanted = model is not None and _wanted(pool, model, now)
+    times = [math.inf if decided is None else decided.due]
+    for instance in instances_of(pool, alias):
         if not _alive(pool, instance):
             continue
-        if instance.retry_at is not None and instance.retry_at > -math.inf:
-            times.append(instance.retry_at)
         open_ = instance.stopping or not instance.acknowledged or instance.order is not Step.NONE
         if instance.ordered_at is not None and open_:
             times.append(instance.ordered_at + ORDER_RETRY_S)
-        if instance.unwanted_since is not None and not instance.stopping:
+        if instance.stopping:
+            continue
+        if instance.unwanted_since is not None:
             times.append(instance.unwanted_since + UNWANTED_GRACE_S)
-    times += [decided.due for decided in pool.wishes.values() if decided.due < math.inf]
-    return min(times, default=None)
+        if instance.retry_at is not None and wanted:
+            times.append(instance.retry_at)
+    return min(times)
 
 
 def _alive(pool: Pool, instance: Instance) -> bool:

@@ -204,7 +204,7 @@ _BEST_FIRST = (
 def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView:
     """A model as people see it. Without instances it is UNLOADED: registered, and run by nothing."""
     model = known.pool.models[alias]
-    wanted = replicas_wanted(known.pool, model, instances)
+    wanted = replicas_wanted(known.pool, model)
     states = {each.state for each in instances if not each.stopping}
     rest = [each for each in instances if each.stopping or each.state is not InstanceState.ACTIVE]
     short = len(instances) - len(rest) < wanted

@@ -1,0 +1,33 @@
+"""The controller, checked at every step: looking only at what may have changed decides as looking at all does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from modelpool.core.pool import Event, Pool, apply
+from modelpool.core.reconcile import Effect, reconcile
+
+
+def checked_step(pool: Pool, event: Event, now: float) -> tuple[Pool, Sequence[Effect]]:
+    """`step`, which must decide as it does when it looks at every model, and must keep its indexes right.
+
+    But for those who wait for room: these are looked at once a second.
+    """
+    applied = apply(pool, event, now)
+    after, effects = reconcile(applied, now)
+    everything = frozenset(applied.models.keys() | applied.of_model.keys())
+    touched = (everything - applied.shortages.keys()) | applied.touched
+    whole, all_effects = reconcile(replace(applied, touched=touched), now)
+    assert effects == all_effects
+    assert (after.instances, after.shortages, after.hopeless) == (whole.instances, whole.shortages, whole.hopeless)
+    for index, group in (
+        (after.of_model, lambda key: after.instances[key].alias),
+        (after.on_worker, lambda key: key[0]),
+    ):
+        assert {(name, key) for name, keys in index.items() for key in keys} == {
+            (group(key), key) for key in after.instances
+        }
+        assert sum(map(len, index.values())) == len(after.instances)
+    return after, effects
