@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,34 @@ def test_a_new_manager_does_not_lose_count_of_who_sleeps(idle_pool: PoolProcess,
     pool.one("modelpool: manager").kill()
     assert ask(pool, "m2") == 200
     assert pool.one("modelpool: host m2").pid == host
+
+
+def test_a_new_manager_knows_what_was_learned_what_was_changed_and_who_rests(idle_pool: PoolProcess) -> None:
+    pool = idle_pool
+    pool.register("rests", fake=True, fake_load_ms=300)
+    pool.register("stays", fake=True)
+    pool.wait_active("stays")
+    changed = pool.http.patch("/admin/models/stays", json={"pinned": True})
+    assert changed.status_code == 200, changed.text
+    until(pool, "rests", "UNLOADED")
+    assert "A request starts it, which takes" in " ".join(pool.model("rests")["outlook"])
+    eventually(lambda: kept_at_rest(pool) >= {"rests"}, 30, lambda: f"kept: {kept_at_rest(pool)}")
+    epoch = pool.status()["epoch"]
+    pool.one("modelpool: manager").kill()
+    late = {"alias": "late", "fake": True}
+    eventually(lambda: pool.http.post("/admin/models/register", json=late).is_success, 60, lambda: "registered")
+    assert ask(pool, "late") == 200  # at once: the gateway knows it
+    assert pool.status()["epoch"] != epoch
+    rests = pool.model("rests")
+    assert (rests["state"], rests["instances"]) == ("UNLOADED", [])
+    (start,) = (each for each in rests["learned"] if (each["what"], each["worker_id"]) == ("start", "w1"))
+    assert (start["seen"], start["typical"] > 0.3) == (1, True)
+    assert (pool.model("stays")["state"], pool.model("stays")["spec"]["pinned"]) == ("ACTIVE", True)
+    assert ask(pool, "rests") == 200
+    pool.remove("stays")
+
+
+def kept_at_rest(pool: PoolProcess) -> set[str]:
+    """Which models a manager that starts now would leave at rest."""
+    with closing(sqlite3.connect(pool.home / "modelpool.db")) as store:
+        return {alias for (alias,) in store.execute("SELECT alias FROM experience WHERE resting")}

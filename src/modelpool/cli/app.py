@@ -24,7 +24,9 @@ from modelpool.cli.tables import (
     considered_table,
     instances_table,
     keys_table,
+    learned_table,
     models_table,
+    now_line,
     phases_table,
     status_line,
     workers_table,
@@ -296,7 +298,7 @@ def explain_command(
     with _client(url) as client:
         model = next((each for each in client.status().models if each.alias == what), None)
         if model is not None:
-            _print({"alias": what, "decision": model.decision, "due_s": model.due_s}, json, lambda: _decision(model))
+            _explain_model(model, json)
             return
         explanation = client.explain(what)
     if json:
@@ -310,9 +312,18 @@ def explain_command(
         console.print(considered_table(explanation.considered), soft_wrap=True)
 
 
-def _decision(model: ModelView) -> str:
-    again = "" if model.due_s is None else f"\nlooked at again in {model.due_s:g} s"
-    return f"{model.alias} is {model.state}\nnext: {model.decision}{again}"
+def _explain_model(model: ModelView, json: bool) -> None:
+    if json:
+        fields = ("alias", "state", "reason", "wanted", "decision", "due_s", "outlook", "learned")
+        _print_json({name: getattr(model, name) for name in fields})
+        return
+    console = Console()
+    console.print(now_line(model), markup=False, highlight=False, soft_wrap=True)
+    for sentence in model.outlook:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    if model.learned:
+        console.print()
+        console.print(learned_table(model.learned), soft_wrap=True)
 
 
 @app.command("explain-start")

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from modelpool.cli.listing import Listing, natural
 from modelpool.core.lifecycle import InstanceState
-from modelpool.messages.admin import InstanceView, ModelView, PoolStatus, WorkerView
+from modelpool.messages.admin import InstanceView, LearnedView, ModelView, PoolStatus, WorkerView
 from modelpool.messages.explain import Considered
 from modelpool.messages.keys import KeyView
 from modelpool.messages.workers import Device, Progress
@@ -62,6 +62,23 @@ def phases_table(instance: InstanceView) -> Listing:
         table.add_row(phase.name, f"{phase.seconds:8.3f}", f"{share:5.0%}")
     table.add_row("all", f"{total:8.3f}", "")
     return table
+
+
+def learned_table(learned: Iterable[LearnedView]) -> Listing:
+    """One line for each thing that was seen of a model on a worker."""
+    table = Listing("SEEN OF IT", "WORKER", "TYPICAL", "AT WORST", "TIMES")
+    for each in learned:
+        if each.worker_id:
+            amounts = (each.typical, each.slow)
+            texts = (f"{amount / 1e6:.0f} MB" if "held" in each.what else f"{amount:.2f} s" for amount in amounts)
+            table.add_row(each.what.replace("_", " "), each.worker_id, *texts, str(each.seen))
+    return table
+
+
+def now_line(model: ModelView) -> str:
+    """`demo is ACTIVE, 1 of 2 replicas: …`."""
+    some = f", {ready_count(model)} of {model.wanted} replicas" if model.wanted > 1 else ""
+    return f"{model.alias} is {model.state}{some}" + (f": {model.reason}." if model.reason else ".")
 
 
 def considered_table(considered: Iterable[Considered]) -> Listing:

@@ -669,8 +669,8 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tup
     if len(awake) <= scaling_of(pool.policy, model).min_replicas:
         return "is one of the replicas to be kept", False
     up_s = round_.now - instance.active_since
-    if up_s < (turn_s := _turn_s(pool, instance)):
-        return f"is up for only {up_s:.0f} of {turn_s:.0f} s", True
+    if up_s < (turn := turn_s(pool, instance)):
+        return f"is up for only {up_s:.0f} of {turn:.0f} s", True
     waiting_since = pool.demand[wanting.alias].waiting_since
     patient = waiting_since is None or round_.now - waiting_since < pool.policy.turn_max_s
     if patient and (inflight := demand.inflight(instance.instance)):
@@ -678,7 +678,7 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tup
     return "", False
 
 
-def _turn_s(pool: Pool, instance: Instance) -> float:
+def turn_s(pool: Pool, instance: Instance) -> float:
     """How long it is left up once it came: some times what it takes to swap it, so that swapping pays."""
     swap_s = _swap_s(pool, instance)
     return min(pool.policy.turn_max_s, max(pool.policy.min_residence_s, _TURN_FACTOR * swap_s))

@@ -79,6 +79,14 @@ class Step(StrEnum):
 LEVEL = {Step.SLEEP_1: 1, Step.SLEEP_2: 2}
 
 
+class Later(msgspec.Struct, frozen=True):
+    """The step that is taken then, if demand stays as it is."""
+
+    step: Step
+    replica: str
+    at: float
+
+
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """`replica`: whom the step is about, none for START. `urgent`: somebody waits. `due`: when NONE may become more."""
 
@@ -87,6 +95,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     replica: str = ""
     urgent: bool = False
     due: float = math.inf
+    later: Later | None = None
 
 
 def wish(
@@ -135,7 +144,7 @@ def _by_load(
             return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; {coming[0].name} is on its way")
         seen = max(changed_at, *(each.up_since for each in active)) + policy.averaged_over_s
         if now < seen:
-            return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=seen)
+            return _cooling(_bring(replicas, ""), now_load, seen)
         why = f"load {now_load:.2f} is above {policy.load_high:g}"
         return _bring(replicas, why, urgent=demand.waiting > 0)
     if max(now_load, present) < policy.load_low and len(active) > max(1, least):
@@ -144,9 +153,15 @@ def _by_load(
         others = [each for each in active if each is not leaving]
         if load(policy, demand, others, now) < policy.load_high * _CALM:
             if now < cooled:
-                return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=cooled)
+                return _cooling(_down(leaving, ""), now_load, cooled)
             return _down(leaving, f"load {now_load:.2f} is below {policy.load_low:g}")
     return None
+
+
+def _cooling(then: Wish, now_load: float, cooled: float) -> Wish:
+    """What is to be done, but not so soon after the last change."""
+    later = None if then.step is Step.NONE else Later(then.step, then.replica, cooled)
+    return Wish(step=Step.NONE, reason=f"load {now_load:.2f}; the last change is young", due=cooled, later=later)
 
 
 def _by_idleness(
@@ -158,7 +173,7 @@ def _by_idleness(
     now: float,
 ) -> Wish:
     """One step down for one that has been idle for longer than its state allows, sleepers and late replicas first."""
-    due = math.inf
+    later: Later | None = None
     may_sleep = len(active) > least and not demand.busy
     for each in sorted(replicas, key=lambda each: (each.state is _S.ACTIVE, -each.number)):
         if each.state is _S.ACTIVE and not may_sleep:
@@ -166,10 +181,12 @@ def _by_idleness(
         idle_s = policy.idle_s(each.state, each.levels)
         if now >= each.idle_since + idle_s:
             return _down(each, f"nobody asked for it in {idle_s:g} s")
-        due = min(due, each.idle_since + idle_s)
+        if each.idle_since + idle_s < (later.at if later else math.inf):
+            later = Later(_down(each, "").step, each.name, each.idle_since + idle_s)
+    due = later.at if later else math.inf
     if len(active) > max(1, least):
         due = min(due, now + policy.averaged_over_s)  # the average may have sunk by then
-    return Wish(step=Step.NONE, reason=_standing(policy, demand, active, replicas, now), due=due)
+    return Wish(step=Step.NONE, reason=_standing(policy, demand, active, replicas, now), due=due, later=later)
 
 
 def _standing(

@@ -12,7 +12,8 @@ from modelpool.core.learned import ANYWHERE, WAKE, What, expected
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
 from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
-from modelpool.messages.admin import InstanceView, ModelView, WorkerView
+from modelpool.manager.outlook import outlook
+from modelpool.messages.admin import InstanceView, LearnedView, ModelView, WorkerView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route, Unavailable
 from modelpool.messages.workers import Device, EngineStatus, InstanceReport, WorkerInfo
@@ -188,6 +189,7 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
     return "it is not loaded, and starts when somebody asks for it"
 
 
+_WHATS = tuple(What)
 _ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 _COMING = (InstanceState.STARTING, InstanceState.WAKING)
 _BEST_FIRST = (
@@ -220,6 +222,17 @@ def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView
         permanent=short and (never or any(each.permanent for each in rest)),
         decision=_decision(known, alias),
         due_s=_due_s(known, alias),
+        outlook=outlook(known.pool, model, instances, known.now),
+        learned=_learned(known, alias),
+    )
+
+
+def _learned(known: Known, alias: str) -> tuple[LearnedView, ...]:
+    """By what it is, all workers together first."""
+    learned = known.pool.learned.get(alias, {})
+    return tuple(
+        LearnedView(what=what, worker_id=worker_id, typical=each.typical, slow=each.slow, seen=len(each.recent))
+        for (worker_id, what), each in sorted(learned.items(), key=lambda item: (_WHATS.index(item[0][1]), item[0][0]))
     )
 
 

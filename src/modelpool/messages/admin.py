@@ -35,6 +35,20 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     """Where the time of its start went."""
 
 
+class LearnedView(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of a model on a worker; `worker_id` "" stands for all of them.
+
+    `what`: `start`, `wake_1`, `sleep_1`, `unload`, … in seconds; `held_awake`, `held_1`, … in bytes.
+    `typical`: the median of late, `slow`: nine of ten were no more; `seen`: of so many observations.
+    """
+
+    what: str
+    worker_id: str
+    typical: float
+    slow: float
+    seen: int
+
+
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """`state` is the best of the instances' states; `reason` says what stands in the way of all `wanted` replicas.
 
@@ -53,6 +67,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller does about it next, and why."""
     due_s: float | None = None
     """When it may decide otherwise although nothing happens."""
+    outlook: tuple[str, ...] = ()
+    """What comes next, when and why; what a request would do; who may take its memory. Sentences."""
+    learned: tuple[LearnedView, ...] = ()
 
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):

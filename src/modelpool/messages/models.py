@@ -54,7 +54,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     capacity: Annotated[int, Meta(ge=1, description="Requests an instance takes at once.")] | None = None
     load_high: Annotated[float, Meta(gt=0, le=10, description="Load above which a replica is added.")] | None = None
     load_low: Annotated[float, Meta(ge=0, le=10, description="Load below which one goes to sleep.")] | None = None
-    cooldown_s: Annotated[float, Meta(ge=0, description="Seconds between two changes for its load.")] | None = None
+    cooldown_s: Annotated[float, Meta(ge=0, description="Seconds from a change to one replica less.")] | None = None
     idle_sleep_1_s: Annotated[float, Meta(ge=0, description="Seconds without a request until SLEEP_1.")] | None = None
     idle_sleep_2_s: Annotated[float, Meta(ge=0, description="Until SLEEP_2.")] | None = None
     idle_unload_s: Annotated[float, Meta(ge=0, description="Until UNLOADED.")] | None = None
