@@ -27,7 +27,7 @@ import msgspec
 
 from benchmarks.keys import KEY, LIMITED
 from benchmarks.load import Measured
-from benchmarks.machine import Watch, cpu_seconds, pss_bytes
+from benchmarks.machine import Watch, commit, cpu_seconds, pss_bytes
 from benchmarks.pace import CHUNKS
 from benchmarks.picture import picture
 from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, best, report
@@ -175,7 +175,7 @@ def run(plan: Plan, rivals: Path | None) -> Results:
     return Results(
         ours=OURS,
         when=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        commit=_commit(),
+        commit=commit(),
         machine=watch.machine(),
         rounds=plan.rounds,
         versions=versions,
@@ -196,13 +196,6 @@ def write(results: Results, folder: Path) -> None:
     (folder / "gateway.md").write_text(_TITLE + report(results) + "\n")
     (folder / "gateway.svg").write_text(picture(results))
     (folder / "gateway.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
-
-
-def _commit() -> str:
-    """Of the tree that is measured, with a `+` if files were changed since."""
-    described = ["git", "-C", str(_HERE), "describe", "--always", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(described, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
