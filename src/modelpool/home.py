@@ -68,6 +68,11 @@ class Home:
         return self.path / "logs"
 
     @property
+    def cache(self) -> Path:
+        """What can be made again."""
+        return self.path / "cache"
+
+    @property
     def store(self) -> Path:
         return self.path / "modelpool.db"
 

@@ -124,6 +124,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The engine kinds it offers, by comma. Their imports begin with the worker, where they are installed."""
     fake_devices: str = ""
     """`COUNTxGB`, such as `4x80`: declare this many GPUs instead of looking for devices. For tests."""
+    cache_max_gb: Annotated[float, Meta(ge=0)] = 20.0
+    """What engines have compiled is kept up to this size, in 10^9 bytes. Looked at when a worker starts."""
     spare_hosts: Annotated[int, Meta(ge=0, le=16)] = 1
     """Hosts of each engine kind that are forked ahead, and wait for a model."""
     heartbeat_interval_s: Seconds = 5.0
@@ -234,6 +236,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("WORKER_PORT_RANGE", "worker.port_range"),
     ("MODELPOOL_ENGINES", "worker.engines"),
     ("MODELPOOL_FAKE_DEVICES", "worker.fake_devices"),
+    ("MODELPOOL_CACHE_MAX_GB", "worker.cache_max_gb"),
     ("MODELPOOL_SPARE_HOSTS", "worker.spare_hosts"),
     ("MODELPOOL_HEARTBEAT_INTERVAL", "worker.heartbeat_interval_s"),
     ("MODELPOOL_FETCH_TIMEOUT", "worker.fetch_timeout_s"),

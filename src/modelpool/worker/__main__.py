@@ -25,7 +25,8 @@ from modelpool.messages.workers import WorkerDescription, WorkerInfo
 from modelpool.settings import Settings, SettingsError, from_environment, pool_url
 from modelpool.tls import client_context
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
-from modelpool.worker.devices import find_devices
+from modelpool.worker.compile_cache import cache_environment, prune
+from modelpool.worker.devices import GB, find_devices
 from modelpool.worker.fence import Fence
 from modelpool.worker.forkserver import Forkserver
 from modelpool.worker.host_spec import TAG, forkserver_environment
@@ -108,6 +109,8 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
     devices = await asyncio.to_thread(find_devices, worker.fake_devices, os.environ, declared)
     if left := await asyncio.to_thread(reap, TAG, tag):
         log.warning("killed what an earlier worker left behind: processes %s", left)
+    if removed := await asyncio.to_thread(prune, home.cache, int(worker.cache_max_gb * GB)):
+        log.info("%.1f GB of what engines had compiled were removed (MODELPOOL_CACHE_MAX_GB)", removed / GB)
     async with AsyncExitStack() as stack:
         flag = "--worker-port" if os.environ.get(process.READY_FD) else "--port"  # `up` has a port of its own
         sock = stack.enter_context(bind_tcp(worker.host, worker.port, flag=flag, variable="WORKER_PORT"))
@@ -213,6 +216,7 @@ def make_forkservers(
 ) -> Mapping[EngineKind, Forkserver]:
     """One for each engine kind; that of vLLM is started at once, since its imports take long."""
     environment = forkserver_environment(os.environ, tag=tag, run_id=settings.run_id)
+    environment |= cache_environment(home.cache, os.environ)
 
     def make(kind: EngineKind, *, lazy: bool, missing: str = "") -> Forkserver:
         log_path = home.logs / f"forkserver-{quote(settings.worker_id, safe='')}-{kind}.log"
