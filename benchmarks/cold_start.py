@@ -196,7 +196,7 @@ class Pool:
 
         def settled() -> bool:
             view = self.model()
-            return bool(view["state"] == state and view["decision"].startswith("none: idle"))
+            return bool(view["state"] == state and view["decision"].startswith("none:"))
 
         eventually(settled)
 

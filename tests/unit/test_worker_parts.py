@@ -13,7 +13,7 @@ from modelpool.worker.devices import visible_indices
 from modelpool.worker.fetch import DiskFull, RepoFile, check_disk, is_complete, needed_files
 from modelpool.worker.host_spec import TAG, forkserver_environment, host_environment
 from modelpool.worker.instance_log import InstanceLog
-from modelpool.worker.memory import MachineMemory, machine_memory, tree_bytes
+from modelpool.worker.memory import MachineMemory, machine_memory, page_cache_room, tree_bytes
 from modelpool.worker.ports import port_range
 from modelpool.worker.process_table import family, read_processes, with_variable
 
@@ -150,6 +150,19 @@ def test_memory_is_what_an_old_control_group_allows(tmp_path: Path) -> None:
     (cgroups / "memory" / "memory.limit_in_bytes").write_text(str(64 << 20))
     (cgroups / "memory" / "memory.usage_in_bytes").write_text(str(1 << 20))
     assert machine_memory(proc, cgroups) == MachineMemory(total=64 << 20, free=63 << 20)
+
+
+def test_pages_in_use_are_no_room_for_reading_ahead(tmp_path: Path) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    (proc / "meminfo").write_text("MemTotal: 900 kB\nMemFree:   100 kB\nActive(file):  400 kB\nInactive(file): 50 kB\n")
+    assert page_cache_room(proc, cgroups) == 150 << 10
+    cgroups.mkdir()
+    (cgroups / "memory.max").write_text(str(70 << 10))
+    (cgroups / "memory.current").write_text(str(60 << 10))
+    (cgroups / "memory.stat").write_text(f"inactive_file {20 << 10}\nactive_file {30 << 10}\n")
+    assert page_cache_room(proc, cgroups) == 30 << 10
 
 
 # ------------------------------------------------------------ logs

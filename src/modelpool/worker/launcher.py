@@ -20,6 +20,7 @@ from modelpool.worker.host_spec import host_environment
 from modelpool.worker.hub import FetchFailed, Hub
 from modelpool.worker.instance import Instance
 from modelpool.worker.instance_log import InstanceLog
+from modelpool.worker.read_ahead import reading_ahead
 from modelpool.worker.residency import follow_orders
 from modelpool.worker.waiting import all_of, cancelled, first_of
 
@@ -92,7 +93,7 @@ class Launcher:
             began = time.monotonic()
             path = await self._fetch(instance)
             fetched = StartPhase("fetch", time.monotonic() - began)
-            async with asyncio.timeout(self._limits.start_s) as deadline:
+            async with reading_ahead(path), asyncio.timeout(self._limits.start_s) as deadline:
                 try:
                     await self._host(instance, path, fetched, deadline)
                 except AddressInUse as error:

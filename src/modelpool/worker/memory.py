@@ -12,6 +12,7 @@ import psutil
 from modelpool.worker.process_table import PROC, family, read_processes
 
 CGROUPS = Path("/sys/fs/cgroup")
+_MEMINFO = re.compile(r"^([^:]+):\s+(\d+) kB$", re.MULTILINE)
 _PSS = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
 
 
@@ -47,6 +48,16 @@ def machine_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> MachineMemory:
             free = min(free, max(0, limit - used))
             total = limit
     return MachineMemory(total=total, free=free)
+
+
+def page_cache_room(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """How much can be read from disk into memory that nobody uses, in bytes. Blocks for a moment.
+
+    That is what is free, and what files have that were read once and not again.
+    """
+    fields = dict(_MEMINFO.findall((proc / "meminfo").read_text()))
+    room = (int(fields["MemFree"]) + int(fields["Inactive(file)"])) * 1024
+    return min(room, *(max(0, limit - used) for limit, used in _cgroup_limits(proc, cgroups)), room)
 
 
 def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:

@@ -1,12 +1,10 @@
-"""Brings a model's files into memory while its engine is still getting ready to read them.
+"""Brings a model's weights into memory while its engine is still getting ready to read them.
 
-An engine maps them and takes them page by page, so a disk gives it a fraction of what it could. Only asked for here
-(`posix_fadvise`): the kernel reads in large pieces, and leaves out what is in memory already.
+They are only asked for (`posix_fadvise`): the kernel reads in large pieces, and leaves out what it has.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -15,46 +13,39 @@ from pathlib import Path
 
 from modelpool.worker.memory import page_cache_room
 
-_KINDS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-# The kernel takes no more from one call than the disk's window for reading ahead, 128 KiB by default.
+_KINDS = ("*.safetensors", "*.bin", "*.pt")
+# Of one call the kernel takes no more than a disk's window for reading ahead, which is 128 KiB where nobody changed it.
 _PIECE = 128 << 10
-# So often it is looked whether there is still room.
-_STRETCH = 256 << 20
 
 
 @asynccontextmanager
 async def reading_ahead(folder: str) -> AsyncIterator[None]:
-    """While the block runs, or until all is read."""
+    """In a thread of its own, while the block runs or until all is read."""
     stop = threading.Event()
-    reading = asyncio.create_task(asyncio.to_thread(read_ahead, Path(folder), stop), name=f"reading ahead {folder}")
+    threading.Thread(target=read_ahead, args=(Path(folder), stop), name="read ahead", daemon=True).start()
     try:
         yield
     finally:
         stop.set()
-        await reading
 
 
 def read_ahead(folder: Path, stop: threading.Event) -> int:
-    """Have the weights in a folder read, in the order in which they are loaded; returns how many bytes. Blocks.
+    """Ask for the weights in a folder, in the order in which they are loaded; returns how many bytes. Blocks.
 
-    Ends early when `stop` is set, or when there is no memory that nobody uses. A file that cannot be read is left to
-    the engine to report.
+    No more than fits into memory that nobody uses: neither pages in use nor those read a moment ago shall go for it.
     """
-    asked = 0
+    room, asked = page_cache_room(), 0
     for file in _weights(folder):
         try:
             fd = os.open(file, os.O_RDONLY)
         except OSError:
-            continue
+            continue  # the engine says what is wrong with it
         try:
-            for begin in range(0, os.fstat(fd).st_size, _STRETCH):
-                if page_cache_room() < _STRETCH:
+            for offset in range(0, os.fstat(fd).st_size, _PIECE):
+                if stop.is_set() or asked + _PIECE > room:
                     return asked
-                for offset in range(begin, begin + _STRETCH, _PIECE):
-                    if stop.is_set():
-                        return asked
-                    os.posix_fadvise(fd, offset, _PIECE, os.POSIX_FADV_WILLNEED)
-                asked += _STRETCH
+                os.posix_fadvise(fd, offset, _PIECE, os.POSIX_FADV_WILLNEED)
+                asked += _PIECE
         finally:
             os.close(fd)
     return asked
