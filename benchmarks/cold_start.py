@@ -31,7 +31,7 @@ import httpx
 import msgspec
 import psutil
 
-from benchmarks.machine import Machine, Watch, commit, pss_bytes
+from benchmarks.machine import Machine, Watch, commit
 from benchmarks.report import table
 from benchmarks.routers import end_on_sigterm
 from modelpool import demo
@@ -67,7 +67,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     asleep: dict[int, list[float]]
     """Of requests to a sleeper, by level."""
     spare_bytes: int
-    """PSS of a host that waits for a model."""
+    """What a host that waits for a model has of its own, shared with nobody."""
 
     @property
     def ratio(self) -> float:
@@ -270,7 +270,7 @@ def run(rounds: int) -> Results:
                 phases.append(ours.phases())
             say("sleepers")
             awake, asleep = sleepers(ours, rounds)
-            spare = [pss_bytes([each]) for each in ours.spares()]
+            spare = [each.memory_full_info().uss for each in ours.spares()]
     return Results(
         when=datetime.now().strftime("%Y-%m-%d %H:%M"),
         commit=commit(),
@@ -307,7 +307,7 @@ def by_name(starts: list[tuple[StartPhase, ...]]) -> dict[str, list[float]]:
 
 
 def say(what: str) -> None:
-    print(f"{what} …", file=sys.stderr, flush=True)
+    print(f"{datetime.now():%H:%M:%S} {what} …", file=sys.stderr, flush=True)
 
 
 def report(results: Results) -> str:
@@ -344,7 +344,7 @@ def report(results: Results) -> str:
             table(["what", "median", "all", "at most", "kept"], rows),
             "",
             f"The server takes {results.ratio:.1f} times as long as the pool. A start of the pool by phase (medians): "
-            f"{phases}. A host that waits for a model holds {results.spare_bytes / 1e6:.0f} MB (PSS).",
+            f"{phases}. A host that waits for a model has {results.spare_bytes / 1e6:.0f} MB of its own.",
         ]
     )
 
