@@ -113,6 +113,10 @@ class Home:
         """A name for a folder of this home in a place that all users share."""
         return f"modelpool-{os.getuid()}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}"
 
+    def gateway_log(self, number: int) -> Path:
+        """The log of the gateway process of this number, from 1."""
+        return self.logs / f"gateway{f'-{number}' if number > 1 else ''}.log"
+
     def instance_log(self, worker_id: str, instance: str) -> Path:
         """The log of one instance. Names are quoted, so that an alias such as `org/model` is one file."""
         folder = self.logs / "instances" / quote(worker_id, safe="")
@@ -126,6 +130,14 @@ class Home:
     def admin_key(self) -> str:
         """The key that opens every route of the gateway; made at the first call."""
         return self._secret("admin-key")
+
+    def keep_secrets(self, cluster_token: str, admin_key: str) -> None:
+        """Have those of a pool that began elsewhere."""
+        for name, secret in (("cluster-token", cluster_token), ("admin-key", admin_key)):
+            path = self.path / name
+            if not path.exists() or path.read_text().strip() != secret:
+                with open_private(path, "wb") as file:
+                    file.write(f"{secret}\n".encode())
 
     def _secret(self, name: str) -> str:
         path = self.path / name

@@ -13,14 +13,17 @@ import msgspec
 import setproctitle
 
 READY_FD = "MODELPOOL_READY_FD"
+DETACHED = "MODELPOOL_DETACHED"
+"""Set to a name for a process that outlives whoever started it, and is found again by that name."""
 RUN_ID = "MODELPOOL_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The process serves at `url`."""
+    """The process serves at `url`. `pid` is its own: what was started may have been its parent."""
 
     url: str
+    pid: int = msgspec.field(default_factory=os.getpid)
 
 
 class NotStarted(msgspec.Struct, frozen=True, tag="not_started"):
@@ -43,7 +46,9 @@ class StartupError(Exception):
 
 
 def enter(part: str, *, log_level: str = "info") -> None:
-    """Name this process `modelpool: part`, send the log to standard error, and end when the parent does."""
+    """Name this process `modelpool: part`, send the log to standard error, and end when the parent does, or never."""
+    if os.environ.get(DETACHED):
+        detach()
     # Otherwise the title is written over the environment, and the run id can no longer be read from /proc.
     os.environ.setdefault("SPT_NOENV", "1")
     setproctitle.setproctitle(f"modelpool: {part}")
@@ -51,8 +56,15 @@ def enter(part: str, *, log_level: str = "info") -> None:
         level=log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)-7s {part} %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if os.environ.get(READY_FD):
+    if os.environ.get(READY_FD) and not os.environ.get(DETACHED):
         end_with_parent()
+
+
+def detach() -> None:
+    """Go on as a process without a parent. Ray's workers kill their children when they end, or lose their raylet."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
 
 
 def end_with_parent() -> None:

@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
 from websockets.asyncio.client import connect
 
-from modelpool.cli.client import PoolAddress, PoolClient, Trouble, address_file
+from modelpool.cli.client import PoolClient, Trouble
 from modelpool.gateway.connection import Limits
+from modelpool.pool_address import PoolAddress, address_file
 from modelpool.process import NotStarted, Ready, StartupError
 from modelpool.settings import GatewaySettings, Settings
 from modelpool.tls import client_context, keep_current, own_context, server_context

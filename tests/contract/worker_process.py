@@ -21,9 +21,9 @@ import httpx
 import msgspec
 
 from modelpool.process import READY_FD, Announcement, NotStarted, Ready
+from modelpool.process_group import reap
+from modelpool.process_table import with_variable
 from modelpool.worker.host_spec import TAG
-from modelpool.worker.process_group import reap
-from modelpool.worker.process_table import with_variable
 
 Json = dict[str, Any]
 T = TypeVar("T")

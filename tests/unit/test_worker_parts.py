@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from modelpool.process import StartupError
+from modelpool.process_table import family, read_processes, with_variable
 from modelpool.relay.inference import inference_methods
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
 from modelpool.worker.devices import visible_indices
@@ -15,7 +16,6 @@ from modelpool.worker.host_spec import TAG, forkserver_environment, host_environ
 from modelpool.worker.instance_log import InstanceLog
 from modelpool.worker.memory import MachineMemory, machine_memory, page_cache_room, tree_bytes
 from modelpool.worker.ports import port_range
-from modelpool.worker.process_table import family, read_processes, with_variable
 
 GB = 10**9
 

@@ -7,7 +7,6 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
@@ -21,6 +20,7 @@ from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
 from modelpool.messages.explain import Explanation
 from modelpool.messages.keys import KeyMade, KeyView
+from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, pool_url
 from modelpool.tls import client_context, own_context
@@ -33,18 +33,6 @@ MANAGER_AWAY_S = 8.0
 _AWAY_RETRY_S = 0.5
 
 
-class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """What `modelpool up` leaves in its run directory for the commands that come after it. `pid` is its own.
-
-    `cert_file`: what it serves https with.
-    """
-
-    url: str
-    run_id: str
-    pid: int = 0
-    cert_file: str = ""
-
-
 class Trouble(Exception):
     """A request that came to nothing. `hint` says what to do about it; `code` is the pool's, where it has one."""
 
@@ -53,10 +41,6 @@ class Trouble(Exception):
         self.message = message
         self.hint = hint
         self.code = code
-
-
-def address_file(settings: Settings) -> Path:
-    return settings.home_path / "run" / "pool.json"
 
 
 def fail(message: str, hint: str = "", *, code: int = 1) -> NoReturn:
@@ -203,14 +187,6 @@ class _Registered(msgspec.Struct, frozen=True):
 
 class _KeyList(msgspec.Struct, frozen=True):
     keys: tuple[KeyView, ...]
-
-
-def local_address(settings: Settings) -> PoolAddress | None:
-    """Where the pool of this home serves; None where none runs."""
-    try:
-        return msgspec.json.decode(address_file(settings).read_bytes(), type=PoolAddress)
-    except (OSError, msgspec.DecodeError):
-        return None
 
 
 def _key(settings: Settings, *, local: bool) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
@@ -17,15 +16,15 @@ from rich.live import Live
 from rich.markup import escape
 
 from modelpool import demo
-from modelpool.cli.client import PoolAddress, address_file
 from modelpool.cli.command import command
 from modelpool.cli.embedded import EmbeddedPool, embedded_pool
 from modelpool.cli.tables import models_table
 from modelpool.cli.waiting import News
 from modelpool.core.lifecycle import InstanceState
-from modelpool.home import Home, open_private
+from modelpool.home import Home
 from modelpool.messages.admin import ModelView, PoolStatus
 from modelpool.messages.models import ModelSpec, for_engine
+from modelpool.pool_address import address_file, write_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings
 
@@ -63,16 +62,8 @@ async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
             await _serve(settings, home, pool, screen, with_demo=with_demo)
 
 
-def _cert_file(settings: Settings) -> str:
-    file = settings.gateway.tls_cert_file
-    return str(Path(file).expanduser().absolute()) if file else ""
-
-
 async def _serve(settings: Settings, home: Home, pool: EmbeddedPool, screen: Screen, *, with_demo: bool) -> None:
-    address = address_file(settings)
-    with open_private(address, "wb") as file:
-        here = PoolAddress(url=pool.url, run_id=settings.run_id, pid=os.getpid(), cert_file=_cert_file(settings))
-        file.write(msgspec.json.encode(here))
+    write_address(settings, pool.url, pid=os.getpid())
     try:
         async with asyncio.TaskGroup() as tasks:
             keeping = tasks.create_task(pool.keep())
@@ -82,7 +73,7 @@ async def _serve(settings: Settings, home: Home, pool: EmbeddedPool, screen: Scr
             keeping.cancel()
             showing.cancel()
     finally:
-        address.unlink(missing_ok=True)
+        address_file(settings).unlink(missing_ok=True)
 
 
 async def _interrupted() -> None:

@@ -515,6 +515,10 @@ class Manager:
             )
         )
 
+    def know_gateways(self, urls: tuple[str, ...]) -> None:
+        """Where workers reach the gateways: told them with the next answer to a heartbeat."""
+        self._gateways = urls
+
     async def unregister_worker(self, worker_id: str, incarnation: str = "") -> None:
         async with self._writing:
             facts = self._facts.get(worker_id)

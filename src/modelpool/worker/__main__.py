@@ -22,6 +22,7 @@ from modelpool.control_http import Server, bind_tcp
 from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import WorkerDescription, WorkerInfo
+from modelpool.process_group import reap
 from modelpool.settings import Settings, SettingsError, from_environment, pool_url
 from modelpool.tls import client_context
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
@@ -34,7 +35,6 @@ from modelpool.worker.hub import Hub
 from modelpool.worker.instance_log import InstanceLog
 from modelpool.worker.launcher import HostPlace, Launcher, Limits
 from modelpool.worker.ports import port_range
-from modelpool.worker.process_group import reap
 from modelpool.worker.proxy import running_proxy
 from modelpool.worker.registration import Registration
 from modelpool.worker.service import worker_app

@@ -18,8 +18,8 @@ from modelpool.core.placement import HOST, Other
 from modelpool.fake_gpus import FakeGpus, InvalidDeclaration
 from modelpool.messages.workers import Device
 from modelpool.process import StartupError
+from modelpool.process_table import PROC, family, read_processes
 from modelpool.worker.memory import machine_memory, tree_bytes
-from modelpool.worker.process_table import PROC, family, read_processes
 
 log = logging.getLogger(__name__)
 

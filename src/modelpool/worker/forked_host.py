@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from modelpool.worker.process_group import ProcessGroup
+from modelpool.process_group import ProcessGroup
 
 
 class EngineUnavailable(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from modelpool.worker.process_table import PROC, family, read_processes
+from modelpool.process_table import PROC, family, read_processes
 
 CGROUPS = Path("/sys/fs/cgroup")
 _MEMINFO = re.compile(r"^([^:]+):\s+(\d+) kB$", re.MULTILINE)

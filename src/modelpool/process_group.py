@@ -1,4 +1,4 @@
-"""The process group of an engine host: seen to end, killed, and known to be gone, whoever its parent is."""
+"""A process group, such as an engine host's: seen to end, killed, and known to be gone, whoever its parent is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import time
 from contextlib import suppress
 
-from modelpool.worker.process_table import read_processes, with_variable
+from modelpool.process_table import read_processes, with_variable
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ class ProcessGroup:
     async def leader_ended(self) -> None:
         """Return once the leader has ended, whether or not it was reaped."""
         await _readable(self._pidfd)
+
+    def terminate(self) -> None:
+        """SIGTERM to the leader."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL to the leader and to its whole group."""
