@@ -7,7 +7,7 @@ trap 'rm -f "$report"' EXIT
 python=${PYTHON:-.venv/bin/python}
 # A wheel of torch's CPU build found on this machine must not end up in the GPU's lock.
 [ "$engine" = cpu ] || export PIP_FIND_LINKS=/nonexistent
-"$python" -m pip install --quiet --dry-run --ignore-installed --report "$report" ".[$engine,dev]"
+"$python" -m pip install --quiet --dry-run --ignore-installed --report "$report" ".[$engine,ray,dev]"
 "$python" - "$report" "$engine" > "requirements/$engine.lock" <<'PY'
 import json, re, sys
 report, engine = sys.argv[1:]

@@ -3,10 +3,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.postgres import Postgres, running_postgres
+
+if TYPE_CHECKING:
+    from tests.ray_pool import RayPool
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,12 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/store.db"
     server: Postgres = request.getfixturevalue("postgres")
     return server.database(f"test-{secrets.token_hex(6)}")
+
+
+@pytest.fixture(scope="session")
+def ray_pool() -> Iterator[RayPool]:
+    """One pool on Ray, for all tests that leave it as it was: it takes a while to start."""
+    from tests.ray_pool import deployed_pool  # not for those who need no Ray: its import takes seconds
+
+    with deployed_pool() as pool:
+        yield pool

@@ -163,6 +163,21 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """On one worker, to make room for others."""
 
 
+class ClusterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A pool on Ray."""
+
+    ray_address: str = ""
+    """The cluster to join. Empty: one is started on this machine."""
+    working_dir: str = ""
+    """A folder that Ray takes to every node and runs this code from. Empty: it is installed there."""
+    ray_args: str = ""
+    """More arguments for `ray start --head`, where one is started."""
+    pin_manager: bool = False
+    """The manager stays on the node that it was deployed from, because its store is a file there."""
+    manager_concurrency: Annotated[int, Meta(ge=1)] = 1000
+    """Calls that the manager actor takes at once; as many streams besides."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     home: str = "~/.modelpool"
     run_id: str = ""
@@ -175,6 +190,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     manager: ManagerSettings = ManagerSettings()
     worker: WorkerSettings = WorkerSettings()
     models: ModelSettings = ModelSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @property
     def home_path(self) -> Path:
@@ -244,6 +260,11 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
     ("MODELPOOL_STALL_TIMEOUT", "worker.stall_timeout_s"),
     ("MODELPOOL_DRAIN_TIMEOUT", "worker.drain_timeout_s"),
     ("MODELPOOL_WAKE_TIMEOUT", "worker.wake_timeout_s"),
+    ("RAY_ADDRESS", "cluster.ray_address"),
+    ("RAY_WORKING_DIR", "cluster.working_dir"),
+    ("MODELPOOL_RAY_ARGS", "cluster.ray_args"),
+    ("MODELPOOL_PIN_MANAGER", "cluster.pin_manager"),
+    ("MODELPOOL_MANAGER_CONCURRENCY", "cluster.manager_concurrency"),
     ("MODEL_INSTANCE_CAPACITY", "models.instance_capacity"),
     ("MODEL_MIN_REPLICAS", "models.min_replicas"),
     ("MODEL_MAX_REPLICAS", "models.max_replicas"),
@@ -264,7 +285,11 @@ def load(environ: Mapping[str, str], *, file: Path | None = None, flags: Mapping
     """Settings from `file` (or `MODELPOOL_CONFIG`), `environ`, and `flags` (dotted paths; None means not given)."""
     if file is None and environ.get("MODELPOOL_CONFIG"):
         file = Path(environ["MODELPOOL_CONFIG"])
-    settings = _from_file(file) if file is not None else Settings()
+    return over(_from_file(file) if file is not None else Settings(), environ, flags)
+
+
+def over(settings: Settings, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
+    """These settings, but for what `environ` and `flags` say."""
     for variable, path in ENVIRONMENT:
         if environ.get(variable):
             settings = _replace(settings, path, environ[variable], source=variable)

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
-from modelpool.cli.client import PoolClient, Trouble, fail, local_address
+from modelpool.cli.client import PoolClient, Trouble, fail
 from modelpool.cli.command import program
 from modelpool.cli.tables import (
     considered_table,
@@ -34,6 +34,7 @@ from modelpool.cli.tables import (
 from modelpool.cli.waiting import is_ready, wait
 from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.admin import ModelView
+from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, SettingsError, load, to_environ
 
@@ -116,6 +117,75 @@ def up_command(
         raise
     finally:
         screen.close()
+
+
+@app.command("deploy")
+def deploy_command(
+    host: Annotated[str | None, typer.Option(help="The gateways' address, on every node.")] = None,
+    port: Annotated[int | None, typer.Option(help="The gateways' port.")] = None,
+    gateway_processes: Annotated[int | None, typer.Option(help="Gateway processes on every node.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="What clients must send. Needed beyond loopback.")] = None,
+    require_key: Annotated[bool, typer.Option("--require-key", help="Serve nobody without a key.")] = False,
+    insecure_no_auth: Annotated[bool, typer.Option("--insecure-no-auth", help="Serve beyond loopback openly.")] = False,
+    ray_address: Annotated[str | None, typer.Option(help="The cluster; one is started here if not given.")] = None,
+    ray_args: Annotated[str | None, typer.Option(help="More arguments for `ray start --head`.")] = None,
+    working_dir: Annotated[
+        str | None, typer.Option(help="A folder with this code that Ray takes to the nodes.")
+    ] = None,
+    pin_manager: Annotated[
+        bool, typer.Option("--pin-manager", help="Keep the manager on this node, where its store is.")
+    ] = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Bring the pool up on a Ray cluster, or bring it to these settings: a manager, and a gateway on every node."""
+    settings = _settings(
+        config,
+        {
+            "gateway.host": host,
+            "gateway.port": port,
+            "gateway.processes": gateway_processes,
+            "gateway.api_key": api_key,
+            "gateway.require_key": require_key or None,
+            "gateway.insecure_no_auth": insecure_no_auth or None,
+            "cluster.ray_address": ray_address,
+            "cluster.ray_args": ray_args,
+            "cluster.working_dir": working_dir,
+            "cluster.pin_manager": pin_manager or None,
+        },
+    )
+    with _on_ray():
+        from modelpool.cluster.deploy import deploy
+
+        url = deploy(settings)
+    _print({"url": url, "run_id": settings.run_id}, json, lambda: f"Model Pool serves at [bold]{url}/v1[/] on Ray")
+
+
+@app.command("undeploy")
+def undeploy_command(
+    ray_address: Annotated[str | None, typer.Option(help="The cluster; the one of this machine if not given.")] = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Take the pool off its Ray cluster, and end Ray where `deploy` started it. Workers and registrations stay."""
+    settings = _settings(config, {"cluster.ray_address": ray_address})
+    with _on_ray():
+        from modelpool.cluster.deploy import undeploy
+
+        undeploy(settings)
+    _print({"undeployed": True}, json, lambda: "Nothing of the pool is left on Ray; workers go on by themselves.")
+
+
+@contextmanager
+def _on_ray() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        fail("Ray is not installed in this Python", "`pip install 'modelpool[ray]'`")
+    except StartupError as error:
+        fail(error.reason, error.hint)
 
 
 @app.command("worker")

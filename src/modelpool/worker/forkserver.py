@@ -29,8 +29,8 @@ from modelpool.messages.engine import (
 )
 from modelpool.messages.models import EngineKind
 from modelpool.messages.workers import EngineStatus
-from modelpool.worker.forked_host import EngineUnavailable, ForkedHost, ForkFailed
 from modelpool.process_group import ProcessGroup
+from modelpool.worker.forked_host import EngineUnavailable, ForkedHost, ForkFailed
 from modelpool.worker.spares import Spares
 from modelpool.worker.waiting import all_of, cancelled, first_of
 

@@ -1,0 +1,215 @@
+"""The manager as a Ray actor: detached, named `manager`, started again by Ray for ever.
+
+Ray runs an actor's methods on event loops of its own, one per concurrency group. The manager has one loop, in a thread
+of this process, and the methods below only carry calls to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import cache
+from typing import Any, TypeVar, cast, get_type_hints
+
+import msgspec
+import ray
+import uvloop
+
+from modelpool.cluster.nodes import keep_a_replica_on_every_node
+from modelpool.cluster.place import at_node
+from modelpool.cluster.streams import Streams, refusal
+from modelpool.errors import ManagerAway, PoolError
+from modelpool.manager.manager import Manager
+from modelpool.manager.port import ManagerPort
+from modelpool.manager.startup import holder_here, manager_of
+from modelpool.manager.store import Deposed
+from modelpool.messages.cluster import ABANDONED_S, Answer, Call, Deployment, NodeReport, Reply
+from modelpool.messages.models import ModelSpec, decode_body
+from modelpool.process import StartupError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STREAMS = "streams"
+"""The concurrency group of what is asked for item by item, so that calls never wait behind it."""
+_NODES_S = 1.0
+_RETRY_INITIAL_S = 0.5
+_RETRY_MAX_S = 5.0
+
+
+class ManagerActor:
+    """What gateways' replicas call (`ask`, `ask_all`, `next`, `here`), and what people call.
+
+    People get and give dicts as the HTTP API has them; errors are PoolError, with `status`, `code` and a message.
+    """
+
+    def __init__(self, deployment: bytes) -> None:
+        self._deployed = deployment
+        self._deployment = msgspec.json.decode(deployment, type=Deployment)
+        self._manager: Manager | None = None
+        self._streams: Streams | None = None
+        self._reason = "it has just started"
+        self._nodes: dict[str, tuple[str, float]] = {}
+        self._loop = uvloop.new_event_loop()
+        threading.Thread(target=self._loop.run_until_complete, args=(self._manage(),), daemon=True).start()
+
+    # ------------------------------------------------------------ for people
+
+    async def health(self) -> dict[str, Any]:
+        """`status` is "ok" once there is a manager; `reason` says why there is none."""
+        return {"status": "starting" if self._manager is None else "ok", "reason": self._reason}
+
+    async def status(self) -> dict[str, Any]:
+        """What `GET /admin/status` answers."""
+        return await self._builtins(lambda manager: manager.status())
+
+    async def register_model(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What `POST /admin/models/register` takes; the model."""
+
+        async def register(manager: Manager) -> object:
+            return await manager.register_model(decode_body(msgspec.json.encode(body), ModelSpec))
+
+        return await self._builtins(register)
+
+    async def get_model_routing(self, alias: str) -> dict[str, Any]:
+        """The model, as `GET /admin/models/{alias}` answers."""
+        return await self._builtins(lambda manager: manager.model(alias))
+
+    async def _builtins(self, call: Callable[[Manager], Coroutine[Any, Any, object]]) -> dict[str, Any]:
+        try:
+            return cast(dict[str, Any], msgspec.to_builtins(await self._carried(call)))
+        except PoolError as error:
+            raise flat(error) from None
+
+    async def deployed(self) -> bytes:
+        """The Deployment it was made with."""
+        return self._deployed
+
+    # ------------------------------------------------------------ for the gateways' replicas
+
+    async def ask(self, call: bytes) -> bytes:
+        """A Call, answered by a Reply."""
+        return msgspec.json.encode(await self._reply(msgspec.json.decode(call, type=Call)))
+
+    async def ask_all(self, calls: list[bytes]) -> list[bytes]:
+        """Several at once; an answer each."""
+        return list(await asyncio.gather(*map(self.ask, calls)))
+
+    @ray.method(concurrency_group=STREAMS)  # type: ignore[untyped-decorator]
+    async def next(self, stream: str, call: bytes) -> bytes:
+        """The next Item of the stream that is called so, or begins with this call."""
+        decoded = msgspec.json.decode(call, type=Call)
+
+        async def item(manager: Manager) -> object:
+            assert self._streams is not None
+            return await self._streams.next(stream, lambda: _called(manager, decoded))
+
+        try:
+            return msgspec.json.encode(await self._carried(item))
+        except PoolError as error:
+            return msgspec.json.encode(refusal(error))
+
+    async def close(self, stream: str) -> None:
+        """Its reader has left."""
+
+        async def close(_: Manager) -> None:
+            assert self._streams is not None
+            self._streams.close(stream)
+
+        with suppress(ManagerAway):
+            await self._carried(close)
+
+    async def here(self, report: bytes) -> None:
+        """A node's gateway serves."""
+        node = msgspec.json.decode(report, type=NodeReport)
+
+        async def note(manager: Manager) -> None:
+            now = self._loop.time()
+            self._nodes[node.node_id] = (node.url, now)
+            self._nodes = {id: said for id, said in self._nodes.items() if now - said[1] < ABANDONED_S}
+            manager.know_gateways(tuple(sorted(url for url, _ in self._nodes.values())))
+
+        with suppress(ManagerAway):
+            await self._carried(note)
+
+    async def _reply(self, call: Call) -> Reply:
+        try:
+            value = await self._carried(lambda manager: _called(manager, call))
+        except PoolError as error:
+            return refusal(error)
+        return Answer(msgspec.Raw(msgspec.json.encode(value)))
+
+    # ------------------------------------------------------------ the manager's own loop
+
+    async def _carried(self, call: Callable[[Manager], Coroutine[Any, Any, T]]) -> T:
+        """The result of a call on the manager's loop. Raises ManagerAway, and what the manager raises."""
+
+        async def carry() -> T:
+            if self._manager is None:
+                raise ManagerAway(f"The manager is away: {self._reason}.", retry_after=_RETRY_INITIAL_S)
+            return await call(self._manager)
+
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(carry(), self._loop))
+
+    async def _keep_a_replica_on_every_node(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.to_thread(keep_a_replica_on_every_node)
+            await asyncio.sleep(_NODES_S)
+
+    async def _manage(self) -> None:
+        """Be a manager, until another cluster's has taken over; where that fails, as while the store is away, say why
+        and try again.
+        """
+        pause = _RETRY_INITIAL_S
+        while True:
+            try:
+                settings, home = at_node(self._deployment, "manager")
+                with home.lock("manager") as lock_id:
+                    async with manager_of(settings, home, holder_here(lock_id)) as manager:
+                        async with asyncio.TaskGroup() as tasks:
+                            self._streams = Streams(tasks)
+                            self._manager, self._reason = manager, ""
+                            pause = _RETRY_INITIAL_S
+                            tasks.create_task(self._keep_a_replica_on_every_node())
+                            await self._streams.keep_closing_abandoned()
+            except Deposed as error:
+                self._manager, self._reason = None, _words(error)
+                log.error("this manager does no more: %s", error)
+                return
+            except Exception as error:
+                self._manager, self._reason = None, _words(error)
+                log.exception("there is no manager now")
+            await asyncio.sleep(pause)
+            pause = min(_RETRY_MAX_S, 2 * pause)
+
+
+def flat(error: PoolError) -> PoolError:
+    """The same as a plain PoolError, which survives pickling: its subclasses make their messages themselves."""
+    plain = PoolError(error.message, param=error.param, retry_after=error.retry_after, code=error.code)
+    plain.status, plain.type = error.status, error.type
+    return plain
+
+
+def _called(manager: Manager, call: Call) -> Any:
+    """What the method returns: a coroutine, or an iterator."""
+    types = _types(call.method)
+    values = (msgspec.json.decode(raw, type=type_) for raw, type_ in zip(call.arguments, types.values(), strict=True))
+    return getattr(manager, call.method)(**dict(zip(types, values, strict=True)))
+
+
+@cache
+def _types(method: str) -> dict[str, Any]:
+    """Its arguments and their types, as the port has them."""
+    return {name: type_ for name, type_ in get_type_hints(getattr(ManagerPort, method)).items() if name != "return"}
+
+
+def _words(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    hint = f"; {error.hint}" if isinstance(error, StartupError) and error.hint else ""
+    return f"{str(error).rstrip('.') or type(error).__name__}{hint}"

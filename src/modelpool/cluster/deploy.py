@@ -1,0 +1,173 @@
+"""`modelpool deploy` and `undeploy`: the pool on a Ray cluster, as a whole."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from modelpool.cluster import APPLICATION, MANAGER, NAMESPACE
+from modelpool.cluster.actor import STREAMS, ManagerActor
+from modelpool.cluster.gateway import Gateway
+from modelpool.cluster.head import end_head, runs_here, start_head
+from modelpool.cluster.nodes import live_nodes
+from modelpool.gateway.auth import check_exposure
+from modelpool.home import Home
+from modelpool.messages.cluster import Deployment
+from modelpool.pool_address import local_address
+from modelpool.process import DETACHED, StartupError
+from modelpool.process_group import reap
+from modelpool.settings import Settings
+
+_MANAGER_S = 90.0
+_POLL_S = 0.1
+
+
+def deploy(settings: Settings) -> str:
+    """Bring the pool up on the cluster, or bring it to these settings; where this node's gateway serves.
+
+    Raises StartupError.
+    """
+    check_exposure(settings.gateway)
+    home = Home(settings.home_path)
+    settings = msgspec.structs.replace(settings, home=str(home.path), token=settings.token or home.cluster_token())
+    deployment = msgspec.json.encode(Deployment(settings, home.admin_key()))
+    with _connected(settings, home, start=True):
+        _check_store(settings)
+        _create_manager(settings, deployment)
+        _await_manager()
+        serve.start(proxy_location="Disabled")
+        try:
+            serve.run(
+                Gateway.options(  # type: ignore[attr-defined]
+                    num_replicas=live_nodes()
+                ).bind(deployment),
+                name=APPLICATION,
+                route_prefix=None,
+                external_scaler_enabled=True,
+            )
+        except (RuntimeError, RayError) as error:
+            raise StartupError(f"The gateways cannot be started: {_gateway_trouble() or error}") from error
+    address = local_address(settings)
+    return address.url if address else ""
+
+
+def undeploy(settings: Settings) -> None:
+    """Take all of it down: gateways, manager, and Ray where `deploy` started it. Workers and the store stay.
+
+    Raises StartupError where the cluster that RAY_ADDRESS names cannot be reached.
+    """
+    home = Home(settings.home_path)
+    if settings.cluster.ray_address or runs_here(home):
+        with _connected(settings, home, start=False):
+            serve.delete(APPLICATION)
+            if not serve.status().applications:
+                serve.shutdown()
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(MANAGER, NAMESPACE))
+        end_head(home)
+    for number in range(1, settings.gateway.processes + 1):
+        reap(DETACHED, f"{home.path}:gateway-{number}")
+
+
+@contextmanager
+def _connected(settings: Settings, home: Home, *, start: bool) -> Iterator[None]:
+    """As a driver of the cluster that RAY_ADDRESS names, or of the one of this machine, which is started if it must."""
+    address = settings.cluster.ray_address
+    if not address and start and not runs_here(home):
+        start_head(home, settings.cluster.ray_args)
+    working_dir = settings.cluster.working_dir
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray.init(
+            address=address or "auto",
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"working_dir": working_dir} if working_dir else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StartupError(f"Ray cannot be reached: {error}", "RAY_ADDRESS names the cluster.") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_store(settings: Settings) -> None:
+    """Raises StartupError where a manager that is started again elsewhere would not find its store."""
+    if live_nodes() > 1 and _store_is_a_file(settings) and not settings.cluster.pin_manager:
+        raise StartupError(
+            "The cluster has several nodes, and the store is a file on this one, which a manager that is started "
+            "again elsewhere would not find.",
+            "Name a PostgreSQL with MODELPOOL_STORE_URL, or keep the manager on this node with --pin-manager "
+            "(MODELPOOL_PIN_MANAGER).",
+        )
+
+
+def _store_is_a_file(settings: Settings) -> bool:
+    return not settings.manager.store_url.startswith(("postgres://", "postgresql://"))
+
+
+def _create_manager(settings: Settings, deployment: bytes) -> None:
+    """The actor, unless there is one with this deployment already. Where its store is a file, it stays on this node."""
+    with suppress(ValueError):
+        actor = ray.get_actor(MANAGER, NAMESPACE)
+        deployed: bytes = ray.get(actor.deployed.remote())
+        if deployed == deployment:
+            return
+        ray.kill(actor)
+        _await_gone()
+    concurrency = settings.cluster.manager_concurrency
+    pinned = settings.cluster.pin_manager or _store_is_a_file(settings)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    kind = ray.remote(concurrency_groups={STREAMS: concurrency})(ManagerActor)
+    kind.options(
+        name=MANAGER,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+        max_concurrency=concurrency,
+        scheduling_strategy=here if pinned else None,
+    ).remote(deployment)
+
+
+def _await_gone() -> None:
+    """Wait until the name is free again."""
+    deadline = time.monotonic() + _MANAGER_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(MANAGER, NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(_POLL_S)
+
+
+def _await_manager() -> None:
+    """Raises StartupError with what keeps the manager from starting."""
+    actor = ray.get_actor(MANAGER, NAMESPACE)
+    deadline = time.monotonic() + _MANAGER_S
+    while True:
+        try:
+            health: dict[str, str] = ray.get(actor.health.remote(), timeout=_MANAGER_S)
+        except RayError as error:
+            raise StartupError(f"The manager actor cannot be started: {error}") from error
+        if health["status"] == "ok":
+            return
+        if time.monotonic() > deadline:
+            raise StartupError(f"The manager cannot start: {health['reason']}")
+        time.sleep(_POLL_S)
+
+
+def _gateway_trouble() -> str:
+    """What Ray Serve says of the deployment that does not come up."""
+    application = serve.status().applications.get(APPLICATION)
+    return "; ".join(each.message for each in application.deployments.values()) if application else ""

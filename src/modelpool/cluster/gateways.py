@@ -1,0 +1,81 @@
+"""The gateway processes of one node: adopted from a predecessor or started, kept running, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from urllib.parse import urlsplit
+
+from modelpool.children import Child, child_environ
+from modelpool.cluster.head import TAG
+from modelpool.home import Home
+from modelpool.settings import Settings
+from modelpool.tcp import BACKLOG, bind_tcp
+
+log = logging.getLogger(__name__)
+
+
+class NodeGateways:
+    """They outlive whoever started them; `url` is where a predecessor's serve, if there was one.
+
+    Sockets are shared with SO_REUSEPORT, and opened only where a process is started: one that nobody accepts from would
+    be given its part of the connections.
+    """
+
+    def __init__(self, settings: Settings, home: Home, url: str = "") -> None:
+        self._home = home
+        self._gateway = settings.gateway
+        self._port = settings.gateway.port or urlsplit(url).port or 0
+        self._sockets: dict[int, socket.socket] = {}
+        self._left_at = url
+        environ = child_environ(settings, f"unix:{home.control_socket}")
+        environ.pop(TAG, None)  # no part of Ray: they go on without it
+        self._children = [
+            Child(
+                "gateway",
+                environ,
+                home.gateway_log(number),
+                log.warning,
+                listen=lambda number=number: self._socket(number),  # type: ignore[misc]
+                tag=f"{home.path}:gateway-{number}",
+            )
+            for number in range(1, settings.gateway.processes + 1)
+        ]
+
+    @property
+    def url(self) -> str:
+        return self._children[0].url
+
+    async def start(self) -> None:
+        """Adopt those that run, start the others. Raises StartupError."""
+        for child in self._children:
+            if child.adopt(self._left_at):
+                log.info("adopted the gateway process %s", child.pid)
+            else:
+                await child.start()
+                log.info("started the gateway process %s at %s", child.pid, child.url)
+
+    async def keep(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for child in self._children:
+                tasks.create_task(child.keep())
+
+    async def end(self) -> None:
+        await asyncio.gather(*(child.end() for child in self._children))
+        self._home.drop_shared_memory()
+
+    def close(self) -> None:
+        """Give up our copies of the sockets; the processes have their own."""
+        for sock in self._sockets.values():
+            sock.close()
+
+    def _socket(self, number: int) -> socket.socket:
+        """A copy of a child's socket, which is opened when it is first asked for and stays through restarts."""
+        if number not in self._sockets:
+            sock = bind_tcp(self._gateway.host, self._port, flag="--port", variable="SERVE_PORT", shared=True)
+            sock.listen(BACKLOG)
+            self._port = sock.getsockname()[1]
+            self._sockets[number] = sock
+        return self._sockets[number].dup()

@@ -1,0 +1,140 @@
+"""A pool on Ray, made by `modelpool deploy`, with a worker started by script."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections import Counter
+
+import httpx
+import psutil
+import pytest
+import ray
+
+from tests.e2e.pool import eventually
+from tests.ray_pool import BIN, RayPool, ray_processes
+
+
+@pytest.fixture
+def alias(ray_pool: RayPool) -> str:
+    """A model that answers, on every gateway."""
+    ray_pool.register("on-ray", fake=True, fake_response="from a worker", idle_sleep_1_s=3600)
+    ray_pool.wait_active("on-ray")
+    return "on-ray"
+
+
+def test_a_chat_by_the_openai_sdk(ray_pool: RayPool, alias: str) -> None:
+    answer = ray_pool.sdk().chat.completions.create(model=alias, messages=[{"role": "user", "content": "hello"}])
+    assert answer.choices[0].message.content == "from a worker"
+
+
+def test_ray_serve_shows_a_healthy_application(ray_pool: RayPool) -> None:
+    ray_pool.connect()
+    done = subprocess.run(
+        [str(BIN / "serve"), "status", "-a", ray_pool.dashboard],
+        env=ray_pool.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "status: RUNNING" in done.stdout
+    assert "status: HEALTHY" in done.stdout
+
+
+def test_a_users_program_talks_to_the_manager_actor(ray_pool: RayPool, alias: str) -> None:
+    manager = ray_pool.actor()
+    assert ray.get(manager.health.remote()) == {"status": "ok", "reason": ""}
+    assert [each["worker_id"] for each in ray.get(manager.status.remote())["workers"]] == ["w1"]
+    registered = ray.get(manager.register_model.remote({"alias": "by-handle", "fake": True}))
+    assert registered["alias"] == "by-handle"
+    assert ray.get(manager.get_model_routing.remote(alias))["state"] == "ACTIVE"
+    with pytest.raises(Exception, match="`nobody` is not registered"):
+        ray.get(manager.get_model_routing.remote("nobody"))
+    with pytest.raises(Exception, match="faek"):
+        ray.get(manager.register_model.remote({"alias": "x", "faek": True}))
+    ray_pool.remove("by-handle")
+
+
+class Load:
+    """Requests, one after the other, until it is left; what came of them."""
+
+    def __init__(self, url: str, alias: str, key: str) -> None:
+        self.statuses: Counter[int | str] = Counter()
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60)
+        self._body = {"model": alias, "prompt": "x", "stream": True}
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._http.close()
+
+    def _ask(self) -> None:
+        while not self._ending.wait(0.02):
+            try:
+                self.statuses[self._http.post("/v1/completions", json=self._body).status_code] += 1
+            except httpx.HTTPError as error:
+                self.statuses[type(error).__name__] += 1
+
+
+def test_the_manager_actor_dies_and_requests_and_registrations_stay(ray_pool: RayPool, alias: str) -> None:
+    epoch = ray_pool.status()["epoch"]
+    with Load(ray_pool.url, alias, ray_pool.key) as load:
+        ray_pool.register("acknowledged", fake=True)
+        ray_pool.ray_process("ray::ManagerActor").kill()
+
+        def back() -> bool:
+            answer = ray_pool.http.get("/admin/status")
+            return answer.status_code == 200 and answer.json()["epoch"] != epoch and not answer.json()["recovering"]
+
+        eventually(back, 60, lambda: "a new manager")
+        eventually(lambda: ray_pool.status()["workers"], 60, lambda: "its worker")
+    assert set(load.statuses) == {200}, load.statuses
+    assert ray_pool.model("acknowledged")["alias"] == "acknowledged"
+    ray_pool.remove("acknowledged")
+
+
+def test_a_replica_dies_and_its_successor_adopts_the_gateway(ray_pool: RayPool, alias: str) -> None:
+    gateway = ray_pool.one("modelpool: gateway")
+    with Load(ray_pool.url, alias, ray_pool.key) as load:
+        replica = ray_pool.ray_process("ray::ServeReplica")
+        replica.kill()
+        psutil.wait_procs([replica], timeout=10)
+        successor = ray_pool.ray_process("ray::ServeReplica")
+        assert successor.pid != replica.pid
+        eventually(lambda: ray_pool.http.get("/admin/status").status_code == 200, 60, lambda: "the control socket")
+    assert set(load.statuses) == {200}, load.statuses
+    assert ray_pool.one("modelpool: gateway") == gateway
+
+    gateway.kill()
+    eventually(lambda: ray_pool.answers(alias), 60, lambda: "another gateway")
+    assert ray_pool.one("modelpool: gateway").pid != gateway.pid
+    assert ray_pool.http.base_url.port == int(ray_pool.url.rsplit(":", 1)[1])
+
+
+def test_a_node_that_joins_gets_a_gateway_and_one_that_is_lost_takes_nothing_along(
+    ray_pool: RayPool, alias: str
+) -> None:
+    home = ray_pool.add_node(2)
+    url = ray_pool.node_url(home)
+    (gateway,) = [
+        each for each in ray_pool.processes("modelpool: gateway") if each.environ()["MODELPOOL_HOME"] == str(home)
+    ]
+    assert url.startswith("http://127.0.0.2:")
+    eventually(lambda: httpx.get(f"{url}/health").status_code == 200, 30, lambda: "the second gateway")
+    begin = time.monotonic()
+    with Load(url, alias, ray_pool.key) as load, Load(ray_pool.url, alias, ray_pool.key) as other:
+        eventually(lambda: load.statuses[200] > 3, 30, lambda: f"answers: {load.statuses}")
+        for process in ray_processes(home):
+            process.kill()
+        time.sleep(max(0.0, 2 - (time.monotonic() - begin)))
+    assert set(other.statuses) == {200}
+    assert set(load.statuses) == {200}, "its gateway serves on, without a node"
+    gateway.terminate()
+    psutil.wait_procs([gateway], timeout=30)
