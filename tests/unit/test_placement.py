@@ -2,8 +2,20 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from modelpool.core.placement import GB, Candidate, Need, Placement, Refusal, Room, place
+from modelpool.core.placement import (
+    GB,
+    HOST,
+    Candidate,
+    Need,
+    Other,
+    Placement,
+    Refusal,
+    Room,
+    place,
+    shortfalls,
+)
 
 
 def room(index: int = 0, free: float = 10, total: float = 20, kind: str = "cuda") -> Room:
@@ -24,6 +36,56 @@ def test_replicas_are_spread_before_memory_is_looked_at() -> None:
     choice = place(Need(bytes_each=GB), [candidate("a", room(free=4)), candidate("b", room(free=16), replicas=1)])
     assert isinstance(choice, Placement)
     assert choice.worker_id == "a"
+
+
+def test_of_workers_with_as_many_replicas_one_with_the_files_is_chosen_and_one_where_it_failed_comes_last() -> None:
+    files = replace(candidate("files", room(free=4)), has_files=True)
+    choice = place(Need(bytes_each=GB), [candidate("room", room(free=16)), files])
+    assert isinstance(choice, Placement)
+    assert (choice.worker_id, choice.reason[-19:]) == ("files", "its files are there")
+    choice = place(Need(bytes_each=GB), [candidate("other", replicas=2), replace(files, avoid=True)])
+    assert isinstance(choice, Placement)
+    assert choice.worker_id == "other"
+    choice = place(Need(bytes_each=GB), [replace(files, avoid=True)])
+    assert isinstance(choice, Placement)
+
+
+def test_devices_are_of_one_kind_and_none_is_lost() -> None:
+    mixed = [replace(room(0), name="L4"), room(1, 9), room(2, 8), replace(room(3), name="L4"), room(4, 7)]
+    choice = place(Need(devices=3, bytes_each=2 * GB), [candidate("a", *mixed)])
+    assert isinstance(choice, Placement)
+    assert choice.devices == (1, 2, 4)
+    assert place(Need(devices=4, bytes_each=0), [candidate("a", *mixed)]) == Refusal(
+        "a: needs 4 devices of one kind, has 3"
+    )
+    mixed[4] = replace(mixed[4], lost="GPU is lost")
+    assert place(Need(devices=3, bytes_each=0), [candidate("a", *mixed)]) == Refusal(
+        "a: needs 3 devices of one kind, has 2; device 4 is lost (GPU is lost)"
+    )
+
+
+def test_a_refusal_says_how_things_stand_on_each_device_and_who_else_is_there() -> None:
+    other = Other(7, "train.py", 6 * GB)
+    devices = [room(0, 4), replace(room(1, 14), others=(other,))]
+    machine = Room(index=HOST, kind="cpu", total_bytes=64 * GB, free_bytes=GB)
+    need = Need(bytes_each=15 * GB, host_bytes=2 * GB)
+    assert place(need, [replace(candidate("a", *devices), host=machine)]) == Refusal(
+        "a: needs 15.0 GB on one device (device 0: 4.0 GB free of 20.0 GB; device 1: 14.0 GB free of 20.0 GB, train.py "
+        "(process 7) holds 6.0 GB); needs 2.0 GB of host memory, 1.0 GB free of 64.0 GB"
+    )
+
+
+def test_what_is_lacking_is_told_for_one_set_of_devices_after_the_other() -> None:
+    machine = Room(index=HOST, kind="cpu", total_bytes=64 * GB, free_bytes=GB)
+    one = replace(candidate("a", room(0, 4), room(1, 5), room(2, 1)), host=machine)
+    need = Need(devices=2, bytes_each=5 * GB, host_bytes=2 * GB)
+    assert list(shortfalls(need, one)) == [
+        {0: GB, HOST: GB},
+        {2: 4 * GB, HOST: GB},
+        {0: GB, 2: 4 * GB, HOST: GB},
+    ]
+    assert list(shortfalls(Need(bytes_each=30 * GB), one)) == []
+    assert list(shortfalls(Need(host_bytes=65 * GB, bytes_each=0), one)) == []
 
 
 def test_several_devices_are_those_with_the_most_room() -> None:

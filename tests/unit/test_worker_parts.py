@@ -11,10 +11,11 @@ from modelpool.process_table import family, read_processes, with_variable
 from modelpool.relay.inference import inference_methods
 from modelpool.worker.address import hosts_bind, local_host, reachable_host, url_of
 from modelpool.worker.devices import visible_indices
-from modelpool.worker.fetch import DiskFull, RepoFile, check_disk, is_complete, needed_files
+from modelpool.worker.fetch import DiskFull, RepoFile, check_disk, needed_files
 from modelpool.worker.host_spec import TAG, forkserver_environment, host_environment
 from modelpool.worker.instance_log import InstanceLog
 from modelpool.worker.memory import MachineMemory, machine_memory, page_cache_room, tree_bytes
+from modelpool.worker.model_files import cached_models, hub_cache, is_complete
 from modelpool.worker.ports import port_range
 
 GB = 10**9
@@ -290,6 +291,18 @@ def test_a_model_is_complete_when_all_its_weights_are_there(tmp_path: Path) -> N
     assert not is_complete(tmp_path)
     (tmp_path / "model-2.safetensors").touch()
     assert is_complete(tmp_path)
+
+
+def test_the_models_of_a_hubs_cache_are_those_that_are_whole(tmp_path: Path) -> None:
+    assert hub_cache({"HF_HOME": str(tmp_path)}) == tmp_path / "hub"
+    assert hub_cache({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}) == Path("/a")
+    for name, files in (("org--whole", ("config.json", "model.safetensors")), ("org--half", ("config.json",))):
+        snapshot = tmp_path / f"models--{name}" / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        for file in files:
+            (snapshot / file).touch()
+    assert list(cached_models(tmp_path)) == ["org/whole"]
+    assert list(cached_models(tmp_path / "nowhere")) == []
 
 
 # ------------------------------------------------------------ routes

@@ -133,7 +133,7 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
             drain_s=worker.drain_timeout_s,
             changed=changed,
         )
-        describe = describer(supervisor, info)
+        describe = describer(supervisor, hub, info)
         proxy = await stack.enter_async_context(
             running_proxy(supervisor, token=token, max_body_bytes=settings.gateway.max_body_bytes)
         )
@@ -252,14 +252,16 @@ def instance_logs(settings: Settings, home: Home) -> Callable[[str], InstanceLog
     return lambda name: InstanceLog(home.instance_log(settings.worker_id, name))
 
 
-def describer(supervisor: Supervisor, info: WorkerInfo) -> Callable[[], Awaitable[WorkerDescription]]:
+def describer(supervisor: Supervisor, hub: Hub, info: WorkerInfo) -> Callable[[], Awaitable[WorkerDescription]]:
     async def describe() -> WorkerDescription:
+        files = await hub.models_here()
         reading = await supervisor.reading()
         # Reports last: what they say is then of one moment, and not older than the devices.
         return WorkerDescription(
             info=info,
             devices=reading.devices,
             host=reading.host,
+            files=files,
             engines=supervisor.engines(),
             instances=supervisor.reports(),
         )

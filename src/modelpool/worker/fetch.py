@@ -25,6 +25,7 @@ from huggingface_hub import constants, errors
 
 from modelpool import process
 from modelpool.messages.fetch import Fetched, FetchProgress, FromFetch, NotFetched
+from modelpool.worker.model_files import OLD_WEIGHTS, SAFE_WEIGHTS, is_complete
 
 GB = 10**9
 _PROGRESS_S = 1.0
@@ -33,8 +34,6 @@ _LITTER_AGE_S = 24 * 3600.0
 # Room for what the file system itself needs.
 _DISK_MARGIN = 64 << 20
 
-_SAFE_WEIGHTS = (".safetensors",)
-_OLD_WEIGHTS = (".bin", ".pt", ".pth")
 # Code is only run where `trust_remote_code` allows it.
 _OTHER = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 _OTHER_FRAMEWORKS = frozenset({"original", "onnx", "openvino", "coreml", "flax", "tf", "gguf", "metal"})
@@ -56,9 +55,9 @@ class DiskFull(Exception):
 def needed_files(files: Iterable[RepoFile]) -> list[RepoFile]:
     """What an engine reads: configuration, tokenizer, templates, and one set of weights, safetensors where they are."""
     ours = [file for file in files if not _OTHER_FRAMEWORKS & set(PurePosixPath(file.name).parts[:-1])]
-    weights = [file for file in ours if file.name.endswith(_SAFE_WEIGHTS)]
+    weights = [file for file in ours if file.name.endswith(SAFE_WEIGHTS)]
     if not weights:
-        weights = [file for file in ours if file.name.endswith(_OLD_WEIGHTS) and _name(file) not in _NOT_A_MODEL]
+        weights = [file for file in ours if file.name.endswith(OLD_WEIGHTS) and _name(file) not in _NOT_A_MODEL]
     # Mistral publishes the same weights twice.
     if any(not _name(file).startswith("consolidated") for file in weights):
         weights = [file for file in weights if not _name(file).startswith("consolidated")]
@@ -112,20 +111,6 @@ class Cache:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
-
-
-def is_complete(snapshot: Path) -> bool:
-    """Whether a folder holds a whole model, as far as it says itself which files belong to it."""
-    if not (snapshot / "config.json").exists():
-        return False
-    for index in snapshot.glob("*.index.json"):
-        try:
-            files = set(msgspec.json.decode(index.read_bytes())["weight_map"].values())
-        except (OSError, msgspec.DecodeError, LookupError, TypeError, AttributeError):
-            return False
-        if index.name.startswith("model.safetensors") and not all((snapshot / name).exists() for name in files):
-            return False
-    return any(path.suffix in _SAFE_WEIGHTS + _OLD_WEIGHTS for path in snapshot.iterdir())
 
 
 def fetch(repository: str, revision: str | None) -> Path:

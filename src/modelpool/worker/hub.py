@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,11 +17,14 @@ import msgspec
 
 from modelpool.home import open_private
 from modelpool.messages.fetch import Fetched, FetchProgress, FromFetch, NotFetched
+from modelpool.worker.model_files import cached_models, hub_cache
 
 log = logging.getLogger(__name__)
 
 GB = 10**9
 _TERM_S = 2.0
+_LOOK_S = 30.0
+"""So often it is looked at which models are here."""
 _NOT_FOR_FETCH = frozenset({"MODELPOOL_TOKEN", "MODELPOOL_API_KEY", "MODELPOOL_READY_FD"})
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -47,6 +52,10 @@ class Hub:
         self._timeout_s = timeout_s
         self._log_path = log_path
         self._fetches: dict[tuple[str, str | None], _Fetch] = {}
+        # Those that were asked for, by the names that they were asked for with.
+        self._folders: dict[str, Path] = {}
+        self._here: tuple[str, ...] = ()
+        self._looked_at = -math.inf
 
     async def local_path(self, name: str, *, revision: str | None, on_progress: OnProgress) -> str:
         """The folder of a model, after fetching it where it is not one. Raises FetchFailed.
@@ -54,6 +63,9 @@ class Hub:
         A fetch ends when nobody waits for it any more.
         """
         if (folder := await asyncio.to_thread(local_folder, name)) is not None:
+            if name not in self._folders:
+                self._folders[name] = Path(folder)
+                self._looked_at = -math.inf
             return folder
         key = (name, revision)
         fetch = self._fetches.get(key)
@@ -64,10 +76,22 @@ class Hub:
             await asyncio.wait({fetch.task})
             return fetch.task.result()
         finally:
+            self._looked_at = -math.inf
             if fetch.leave(on_progress) and self._fetches.get(key) is fetch:
                 del self._fetches[key]
                 fetch.task.cancel()
                 await asyncio.wait({fetch.task})
+
+    async def models_here(self) -> tuple[str, ...]:
+        """Models whose files are on this machine: all in the hub's cache, and those of the folders asked for so far."""
+        if time.monotonic() - self._looked_at > _LOOK_S:
+            self._looked_at = time.monotonic()
+            self._here = await asyncio.to_thread(self._look)
+        return self._here
+
+    def _look(self) -> tuple[str, ...]:
+        folders = (name for name, folder in list(self._folders.items()) if folder.is_dir())
+        return tuple(sorted({*cached_models(hub_cache(self._environ)), *folders}))
 
 
 class _Fetch:
