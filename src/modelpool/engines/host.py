@@ -64,6 +64,8 @@ def main(control_fd: int, engine: EngineModule, scratch: Path) -> int:
     os.set_inheritable(control_fd, False)
     control = Control(socket.socket(fileno=control_fd))
     setproctitle.setproctitle("modelpool: spare host")
+    # At once, since a later forkserver removes the folders of an earlier one in which it finds nobody.
+    scratch.mkdir(mode=0o700)
     spec = control.receive_spec()
     if spec is None:
         return 0
@@ -92,7 +94,6 @@ def main(control_fd: int, engine: EngineModule, scratch: Path) -> int:
 
 def _enter(spec: HostSpec, scratch: Path) -> None:
     """Become the host of `spec`: environment, folders, log file, name."""
-    scratch.mkdir(mode=0o700)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     vars(shared_memory)["_SHM_NAME_PREFIX"] = f"/{shared_memory_prefix(scratch)}"
     os.environ.update(spec.env)
