@@ -189,10 +189,16 @@ def _urgency(pool: Pool, model: Model, now: float) -> tuple[float, float, int, s
     demand = pool.demand[model.alias]
     if demand.waiting_since is None:
         return math.inf, 0.0, model.created, model.alias
-    overdue = now - demand.waiting_since >= pool.policy.turn_max_s
     start_s = typical(pool.learned.get(model.alias, {}), What.START, unknown=_START_GUESS_S)
     pays = demand.waiting / max(0.1, start_s)
-    return -math.inf if overdue else -pays, demand.waiting_since, model.created, model.alias
+    return -math.inf if _overdue(pool, model.alias, now) else -pays, demand.waiting_since, model.created, model.alias
+
+
+def _overdue(pool: Pool, alias: str, now: float) -> bool:
+    """Whether somebody has waited for it for more than the longest turn."""
+    demand = pool.demand.get(alias)
+    since = None if demand is None else demand.waiting_since
+    return since is not None and now - since >= pool.policy.turn_max_s
 
 
 def replicas_wanted(pool: Pool, model: Model) -> int:
@@ -520,7 +526,7 @@ def _room_to_wake(
 def _lacking_to_wake(pool: Pool, instance: Instance, round_: _Round) -> dict[int, int]:
     """Bytes by device."""
     worker = pool.workers[instance.worker_id]
-    books = round_.ledger(pool, worker)
+    books = _left_to(instance.alias, pool, worker, round_)
     needed = on_device(replace(instance, order=Step.WAKE), accelerated=accelerated(worker)).unseen
     rooms = [room for index in instance.devices if (room := books.room(index)) is not None]
     return {room.index: needed - room.free_bytes for room in rooms if room.free_bytes < needed}
@@ -561,6 +567,9 @@ def _make_room(
         else:
             plans.append((result.cost, worker_id, result))
     if not plans:
+        soon = next((worker_id for worker_id, each in refusals if each.for_now), None)
+        if soon is not None and _overdue(pool, model.alias, round_.now):
+            _keep_room(pool, soon, model, round_)
         reasons = [refusal.reason, *(f"{name}: {each.reason}" for name, each in refusals[:NAMED_MAX])]
         return pool, Shortage("; ".join(reasons), hopeless=not moving)
     _, worker_id, cheapest = min(plans, key=lambda each: each[:2])
@@ -584,8 +593,23 @@ def _asked(workers: Collection[str], now: float) -> list[str]:
 
 
 def _keep_room(pool: Pool, worker_id: str, model: Model, round_: _Round) -> None:
-    if pool.demand[model.alias].waiting:
+    other = round_.kept_for.get(worker_id)
+    if pool.demand[model.alias].waiting and not (other and _overdue(pool, other, round_.now)):
         round_.kept_for[worker_id] = model.alias
+
+
+def _left_to(alias: str, pool: Pool, worker: Worker, round_: _Round) -> Ledger:
+    """What this model may take there: not what an overdue one needs, else any that needs less would be first for ever.
+
+    On all devices, since any may become free: for as long as a turn and a swap take.
+    """
+    books, other = round_.ledger(pool, worker), round_.kept_for.get(worker.worker_id)
+    if other is None or other == alias or other not in pool.models or not _overdue(pool, other, round_.now):
+        return books
+    need = _need(pool, pool.models[other])
+    left = [min(each.free_bytes, max(0, each.free_bytes - need.on(each))) for each in books.devices]
+    devices = zip(books.devices, left, strict=True)
+    return replace(books, devices=tuple(replace(each, free_bytes=bytes_) for each, bytes_ in devices))
 
 
 def _unless_kept(candidate: Candidate, round_: _Round) -> Candidate:
@@ -671,9 +695,8 @@ def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tup
     up_s = round_.now - instance.active_since
     if up_s < (turn := turn_s(pool, instance)):
         return f"is up for only {up_s:.0f} of {turn:.0f} s", True
-    waiting_since = pool.demand[wanting.alias].waiting_since
-    patient = waiting_since is None or round_.now - waiting_since < pool.policy.turn_max_s
-    if patient and (inflight := demand.inflight(instance.instance)):
+    inflight = demand.inflight(instance.instance)
+    if inflight and not _overdue(pool, wanting.alias, round_.now):
         return f"has {inflight} in flight", True
     return "", False
 
@@ -793,7 +816,7 @@ def _candidates(pool: Pool, model: Model, round_: _Round, failed: Instance | Non
     found = []
     for worker in pool.workers.values():
         if worker.alive:
-            books = round_.ledger(pool, worker)
+            books = _left_to(model.alias, pool, worker, round_)
             found.append(
                 Candidate(
                     worker_id=worker.worker_id,
