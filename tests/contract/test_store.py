@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from modelpool.core.epoch import cluster_of, number_of
 from modelpool.manager import tables
 from modelpool.manager.migrations import HEAD
-from modelpool.manager.store import Deposed, Holder, StoredKey, StoreError, StoreInUse, open_store
+from modelpool.manager.store import Deposed, Holder, StoreError, StoreInUse, open_store
+from modelpool.messages.dump import StoredKey
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 from tests.stores import ME, OTHER, held

@@ -112,6 +112,55 @@ def test_settings_are_changed_while_a_model_runs(fake_pool: PoolProcess) -> None
     fake_pool.remove("cli-set")
 
 
+def test_a_file_of_models_is_applied_once_and_a_bad_one_not_at_all(fake_pool: PoolProcess, tmp_path: Path) -> None:
+    def models() -> set[str]:
+        return {each["alias"] for each in fake_pool.status()["models"]}
+
+    before = models()
+    good = "models:\n- {alias: cli-a, fake: true}\n- {alias: cli-b, fake: true, max_replicas: 1}\n"
+    file = tmp_path / "models.yaml"
+    file.write_text(good + "- {alias: cli-c, fake: true, max_replicas: none}\n")
+    bad = run(fake_pool, "apply", "-f", str(file), "--yes")
+    assert (bad.returncode, models()) == (2, before)
+    assert f"error: {file}:4: in `models[2].max_replicas`: " in bad.stderr
+
+    file.write_text(good)
+    unasked = run(fake_pool, "apply", "-f", str(file))
+    assert (unasked.returncode, unasked.stdout, models()) == (1, "+ register cli-a\n+ register cli-b\n", before)
+    assert run(fake_pool, "apply", "-f", str(file), "--yes").returncode == 0
+    fake_pool.wait_active("cli-a")
+    host = fake_pool.one("modelpool: host cli-a").pid
+    again = run(fake_pool, "apply", "-f", str(file))
+    assert (again.returncode, again.stdout) == (0, "Nothing is to be done.\n")
+
+    changed = good.replace("cli-a, fake: true", "cli-a, fake: true, pinned: true")
+    file.write_text(changed.replace("max_replicas: 1", "max_replicas: 1, fake_capacity: 2"))
+    differing = run(fake_pool, "diff", "-f", str(file))
+    assert (differing.returncode, differing.stdout.splitlines()[0]) == (1, "~ change cli-a")
+    fixed = run(fake_pool, "apply", "-f", str(file), "--yes")
+    assert fixed.returncode == 1
+    assert "error: cli-b cannot change in fake_capacity while it runs; nothing was done." in fixed.stderr
+    assert not fake_pool.model("cli-a")["spec"].get("pinned")
+    assert run(fake_pool, "apply", "-f", str(file), "--yes", "--replace").returncode == 0
+    assert fake_pool.model("cli-a")["spec"]["pinned"]
+    assert fake_pool.one("modelpool: host cli-a").pid == host
+    assert fake_pool.model("cli-b")["spec"]["fake_capacity"] == 2
+
+    dump = tmp_path / "pool.yaml"
+    dump.write_text(run(fake_pool, "dump").stdout)
+    fake_pool.remove("cli-b")
+    loaded = run(fake_pool, "load", str(dump))
+    assert (loaded.returncode, loaded.stdout) == (0, "loaded 1 models and 0 keys\n")
+    assert run(fake_pool, "diff", "-f", str(file)).returncode == 0
+
+    listed = run(fake_pool, "dump", "--models").stdout
+    kept = listed.replace("alias: cli-a", "alias: cli-kept").replace("alias: cli-b", "alias: cli-too")
+    assert run(fake_pool, "apply", "-f", "-", "--yes", "--prune", stdin=kept).returncode == 0
+    assert models() == before | {"cli-kept", "cli-too"}
+    for alias in ("cli-kept", "cli-too"):
+        fake_pool.remove(alias)
+
+
 def test_what_is_piped_into_chat_is_one_prompt(fake_pool: PoolProcess) -> None:
     fake_pool.register("cli-parrot", fake=True)
     fake_pool.wait_active("cli-parrot")

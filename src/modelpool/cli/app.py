@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,6 +21,8 @@ from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
 from modelpool.cli.client import PoolClient, Trouble, fail
 from modelpool.cli.command import program
+from modelpool.cli.models_file import BadFile, read_as, read_models
+from modelpool.cli.plan import Step, lines, patch, plan
 from modelpool.cli.tables import (
     considered_table,
     instances_table,
@@ -34,6 +37,8 @@ from modelpool.cli.tables import (
 from modelpool.cli.waiting import is_ready, wait
 from modelpool.home import AlreadyRunning, Home
 from modelpool.messages.admin import ModelView
+from modelpool.messages.dump import Dump
+from modelpool.messages.models import CHANGEABLE
 from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, SettingsError, load, to_environ
@@ -46,11 +51,14 @@ app = typer.Typer(
     add_completion=False,
 )
 
+T = TypeVar("T")
+
 keys_app = typer.Typer(name="keys", help="API keys for clients.", no_args_is_help=True)
 app.add_typer(keys_app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 UrlOption = Annotated[str | None, typer.Option("--url", envvar="MODELPOOL_URL", help="The pool's address.")]
+FileOption = Annotated[Path, typer.Option("--file", "-f", help="Models in YAML, - for stdin: see config/models.yaml.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", envvar="MODELPOOL_CONFIG", help="A YAML file.")]
 _INTERRUPTED = 130
 
@@ -303,6 +311,84 @@ def remove_command(alias: str, url: UrlOption = None, json: JsonOption = False) 
     _print({"removed": alias}, json, lambda: f"removed {alias}")
 
 
+@app.command("apply")
+def apply_command(
+    file: FileOption,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove models that the file does not name.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove and register again what cannot change while it runs.")
+    ] = False,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make the pool's models those of a file. What is to be done is shown first; twice does nothing."""
+    wanted = _read(lambda: read_models(_text_of(file), str(file)))
+    with _client(url) as client:
+        steps = plan(client.specs(), wanted, prune=prune)
+        _print_plan(steps, json)
+        if fixed := [step for step in steps if step.kind == "replace" and not replace]:
+            names = ", ".join(each.field for each in fixed[0].differences if each.field not in CHANGEABLE)
+            fail(
+                f"{fixed[0].alias} cannot change in {names} while it runs; nothing was done",
+                "With --replace it is removed and registered again, and answers nothing until it has started.",
+            )
+        if steps and not yes and not _confirmed():
+            fail("nothing was done.", "Say --yes where nobody can be asked.")
+        for step in steps:
+            _take(client, step)
+            if not json:
+                Console(stderr=True).print(f"[dim]{step.kind} {escape(step.alias)}: done[/]", highlight=False)
+
+
+@app.command("diff")
+def diff_command(
+    file: FileOption,
+    prune: Annotated[bool, typer.Option("--prune", help="Also models that the file does not name.")] = False,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what `apply` would do. Ends with status 1 if that is anything, and with 2 if it cannot be said."""
+    wanted = _read(lambda: read_models(_text_of(file), str(file)))
+    with _client(url, code=2) as client:
+        steps = plan(client.specs(), wanted, prune=prune)
+    _print_plan(steps, json)
+    if steps:
+        raise typer.Exit(1)
+
+
+@app.command("dump")
+def dump_command(
+    models: Annotated[bool, typer.Option("--models", help="Models only, as `apply` takes them.")] = False,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print all models and keys, for `load`. Of keys the digests only: their secrets are nowhere."""
+    with _client(url) as client:
+        dump = client.dump()
+    value = msgspec.to_builtins({"models": [each.spec for each in dump.models]} if models else dump)
+    if json:
+        _print_json(value)
+    else:
+        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
+
+
+@app.command("load")
+def load_command(
+    file: Annotated[Path, typer.Argument(help="What `dump` printed; - for stdin.")],
+    restore: Annotated[
+        bool, typer.Option("--restore", help="An empty pool becomes the dumped one, and takes its workers.")
+    ] = False,
+    url: UrlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Add what was dumped: all of it, or nothing where something of it is there and differs."""
+    dump = _read(lambda: read_as(_text_of(file), str(file), Dump))
+    with _client(url) as client:
+        loaded = client.load(dump, restore=restore)
+    _print(loaded, json, lambda: f"loaded {len(loaded.models)} models and {len(loaded.keys)} keys")
+
+
 @app.command("ls")
 def list_command(url: UrlOption = None, json: JsonOption = False) -> None:
     """List the registered models, whatever runs."""
@@ -505,8 +591,8 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:
 
 
 @contextmanager
-def _client(url: str | None) -> Iterator[PoolClient]:
-    """A client of the pool; what goes wrong with it ends the command with a sentence."""
+def _client(url: str | None, *, code: int = 1) -> Iterator[PoolClient]:
+    """A client of the pool; what goes wrong with it ends the command with a sentence, and this status."""
     try:
         client = PoolClient(_settings(None, {}), url)
         try:
@@ -514,7 +600,7 @@ def _client(url: str | None) -> Iterator[PoolClient]:
         finally:
             client.close()
     except Trouble as trouble:
-        fail(trouble.message, trouble.hint)
+        fail(trouble.message, trouble.hint, code=code)
 
 
 def _waited(client: PoolClient, alias: str, timeout_s: float | None, *, quiet: bool) -> ModelView:
@@ -542,6 +628,41 @@ def _body_from(file: Path | None) -> dict[str, Any]:
         fail(f"{file} cannot be read: {error.strerror}.")
     except msgspec.DecodeError as error:
         fail(f"{file} is not a JSON object: {error}.")
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text()
+    except OSError as error:
+        fail(f"{file} cannot be read: {error.strerror}.", code=2)
+    except UnicodeDecodeError as error:
+        fail(f"{file} is no text: {error}.", code=2)
+
+
+def _read(read: Callable[[], T]) -> T:
+    """What a file says; what is wrong in it ends the command before anything was done."""
+    try:
+        return read()
+    except BadFile as error:
+        fail(str(error), code=2)
+
+
+def _print_plan(steps: list[Step], json: bool) -> None:
+    shown = "\n".join(lines(steps)) or "Nothing is to be done."
+    _print(steps, json, lambda: escape(shown))
+
+
+def _confirmed() -> bool:
+    return sys.stdin.isatty() and typer.confirm("Do this?")
+
+
+def _take(client: PoolClient, step: Step) -> None:
+    if step.kind in ("remove", "replace"):
+        client.remove(step.alias)
+    if step.kind == "change":
+        client.change(step.alias, patch(step))
+    elif step.spec is not None:
+        client.register(msgspec.to_builtins(step.spec))
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -18,8 +18,10 @@ from rich.markup import escape
 
 from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
+from modelpool.messages.dump import Dump, Loaded
 from modelpool.messages.explain import Explanation
 from modelpool.messages.keys import KeyMade, KeyView
+from modelpool.messages.models import ModelSpec
 from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, pool_url
@@ -105,11 +107,22 @@ class PoolClient:
     def model(self, alias: str) -> ModelView:
         return self._decoded(self._request("GET", f"/admin/models/{quote(alias)}"), ModelView)
 
+    def specs(self) -> dict[str, ModelSpec]:
+        """All registered models, as they were registered."""
+        return {each.alias: each.spec for each in self.status().models}
+
     def status(self) -> PoolStatus:
         return self._decoded(self._request("GET", "/admin/status"), PoolStatus)
 
     def explain(self, request_id: str) -> Explanation:
         return self._decoded(self._request("GET", f"/admin/explain/{quote(request_id, safe='')}"), Explanation)
+
+    def dump(self) -> Dump:
+        return self._decoded(self._request("GET", "/admin/dump"), Dump)
+
+    def load(self, dump: Dump, *, restore: bool) -> Loaded:
+        body, params = msgspec.to_builtins(dump), {"restore": str(restore).lower()}
+        return self._decoded(self._request("POST", "/admin/load", json=body, params=params), Loaded)
 
     def make_key(self, body: dict[str, Any]) -> KeyMade:
         return self._decoded(self._request("POST", "/admin/keys", json=body), KeyMade)

@@ -18,6 +18,7 @@ from modelpool.errors import ManagerAway, PoolError
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.cluster import POLL_S, Answer, Call, End, Item, NodeReport, Nothing, Refusal, Reply
 from modelpool.messages.demand import DemandReport
+from modelpool.messages.dump import Dump, Loaded
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Update
@@ -57,6 +58,12 @@ class RayManager:
 
     async def models(self) -> list[ModelView]:
         return await self._ask(list[ModelView], "models")
+
+    async def dump(self) -> Dump:
+        return await self._ask(Dump, "dump")
+
+    async def load(self, dump: Dump, *, restore: bool) -> Loaded:
+        return await self._ask(Loaded, "load", dump, restore)
 
     async def status(self) -> PoolStatus:
         return await self._ask(PoolStatus, "status")

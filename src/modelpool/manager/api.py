@@ -15,6 +15,7 @@ from modelpool.manager.openapi import change_schema, document
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
 from modelpool.messages.demand import DemandReport
+from modelpool.messages.dump import Dump
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec, decode_body
 from modelpool.messages.workers import Heartbeat, RegisterWorker
@@ -38,6 +39,14 @@ def control_app(manager: ManagerPort) -> FastAPI:
     @app.get("/admin/status")
     async def status() -> Response:
         return answer(await manager.status())
+
+    @app.get("/admin/dump")
+    async def dump() -> Response:
+        return answer(await manager.dump())
+
+    @app.post("/admin/load", openapi_extra=body_schema(Dump))
+    async def load(request: Request, restore: bool = False) -> Response:
+        return answer(await manager.load(decode_body(await request.body(), Dump), restore=restore))
 
     @app.post("/demand", include_in_schema=False)
     async def demand(request: Request) -> Response:

@@ -8,12 +8,13 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
 from modelpool.errors import Conflict, NotFound
-from modelpool.manager.store import Store, StoredKey
+from modelpool.manager.store import Store
+from modelpool.messages.dump import StoredKey
 from modelpool.messages.keys import ID_PREFIX, SECRET_PREFIX, KeyMade, KeySpec, KeyView
 from modelpool.messages.routing import KeyEntry, Keys, KeysDelta, KeysUpdate
 
@@ -33,7 +34,7 @@ class KeyRegister:
         self._sequence = 0
         self._required = False
         self._keys: dict[str, StoredKey] = {}
-        self._writing = asyncio.Lock()
+        self.writing = asyncio.Lock()
 
     async def recall(self) -> None:
         self._required = await self._store.has_keys()
@@ -41,7 +42,7 @@ class KeyRegister:
 
     async def reread(self) -> None:
         """Know what the store knows, and tell it, where that is something else. Raises StoreError."""
-        async with self._writing:
+        async with self.writing:
             before = self._keys
             await self.recall()
             if self._keys != before:
@@ -51,7 +52,7 @@ class KeyRegister:
     async def make(self, spec: KeySpec) -> KeyMade:
         """Raises Conflict where a live key has that name."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        async with self._writing:
+        async with self.writing:
             if any(key.spec.name == spec.name for key in self._keys.values() if key.revoked is None):
                 raise Conflict(
                     f"There is a live key named `{spec.name}`. Revoke it first, or use another name.",
@@ -73,7 +74,7 @@ class KeyRegister:
 
     async def revoke(self, id: str) -> KeyView:
         """Once and for all; again changes nothing. Raises KeyNotFound."""
-        async with self._writing:
+        async with self.writing:
             key = self._keys.get(id)
             if key is None:
                 close = difflib.get_close_matches(id, self._keys, 1)
@@ -86,6 +87,33 @@ class KeyRegister:
                 self._changed(revoked=(id,))
                 log.info("revoked the key %s (%s)", id, key.spec.name)
             return _view(key)
+
+    def stored(self) -> tuple[StoredKey, ...]:
+        return tuple(sorted(self._keys.values(), key=lambda key: (key.created, key.id)))
+
+    def missing(self, dumped: Iterable[StoredKey]) -> list[StoredKey]:
+        """Those that are not there yet. Raises Conflict for one whose place another one has."""
+        names = {key.spec.name: key.id for key in self._keys.values() if key.revoked is None}
+        digests = {key.digest: key.id for key in self._keys.values()}
+        missing = []
+        for key in dumped:
+            known = self._keys.get(key.id)
+            if known is not None and (known.digest, known.spec) == (key.digest, key.spec):
+                continue  # revoked in one of the two: it stays as it is here
+            taken = key.id if known else digests.get(key.digest)
+            if taken is None and key.revoked is None:
+                taken = names.get(key.spec.name)
+            if taken is not None:
+                raise Conflict(
+                    f"The key {key.id} ({key.spec.name}) cannot be loaded: {taken} is there, and is another one.",
+                    param="keys",
+                    code="key_taken",
+                )
+            digests[key.digest] = key.id
+            if key.revoked is None:
+                names[key.spec.name] = key.id
+            missing.append(key)
+        return missing
 
     def views(self) -> list[KeyView]:
         """Oldest first; those of one second by name."""

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +34,7 @@ from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
+from modelpool.messages.dump import Dump, Loaded, StoredModel
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import CHANGEABLE, ModelSpec, changed, for_engine
 from modelpool.messages.routing import KEEPALIVE_S, Delta, ModelEntry, Snapshot, Update
@@ -411,6 +412,48 @@ class Manager:
         self._require(name)
         view = self._view(name)
         raise InstanceNotFound(f"Nothing runs `{name}`, so there is no log of it: {view.reason}.")
+
+    async def dump(self) -> Dump:
+        models = [StoredModel(spec, self._pool.models[alias].created) for alias, spec in sorted(self._specs.items())]
+        return Dump(cluster=cluster_of(self._store.epoch), models=tuple(models), keys=self._keys.stored())
+
+    async def load(self, dump: Dump, *, restore: bool) -> Loaded:
+        async with self._writing, self._keys.writing:
+            models = self._missing(dump.models)
+            keys = self._keys.missing(dump.keys)
+            cluster = cluster_of(self._store.epoch)
+            if restore and cluster != dump.cluster:
+                if self._specs or self._keys.stored():
+                    raise Conflict(
+                        "Only an empty pool can become the one that was dumped; this one has models or keys. "
+                        "Leave `restore` out to add to it.",
+                        code="not_empty",
+                    )
+                cluster = dump.cluster
+            await self._store.load(models, keys, cluster)
+        await self._reread()
+        self._act_now()
+        self._tell_all()
+        await self._told_gateways()
+        log.info("loaded %d models and %d keys of the cluster %s", len(models), len(keys), dump.cluster)
+        return Loaded(models=tuple(each.spec.alias for each in models), keys=tuple(each.id for each in keys))
+
+    def _missing(self, dumped: Iterable[StoredModel]) -> list[StoredModel]:
+        """Those that are not there yet. Raises Conflict for one that is another under the same alias."""
+        missing: dict[str, StoredModel] = {}
+        for each in dumped:
+            alias = each.spec.alias
+            known = self._specs.get(alias) or (missing[alias].spec if alias in missing else None)
+            if known is not None and known != each.spec:
+                raise Conflict(
+                    f"The alias `{alias}` is registered with another body (it differs in "
+                    f"{', '.join(_differences(known, each.spec))}).",
+                    param="models",
+                    code="alias_taken",
+                )
+            if known is None:
+                missing[alias] = each
+        return list(missing.values())
 
     # ------------------------------------------------------------ keys
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
+from modelpool.messages.dump import Dump, Loaded
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Update
@@ -51,6 +52,15 @@ class ManagerPort(Protocol):
         """A worker ends, and its instances with it.
 
         Raises WorkerNotFound, also where that `incarnation` is over and the next one is there.
+        """
+
+    async def dump(self) -> Dump:
+        """All models and keys; of a key the digest only."""
+
+    async def load(self, dump: Dump, *, restore: bool) -> Loaded:
+        """Have what was dumped, all of it or nothing; what is there already stays. Raises Conflict for what differs.
+
+        `restore`: this pool, which must be empty, becomes the dumped one, so that its workers come to it.
         """
 
     async def make_key(self, spec: KeySpec) -> KeyMade:

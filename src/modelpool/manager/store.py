@@ -26,6 +26,7 @@ from modelpool.core.epoch import epoch_of
 from modelpool.errors import PoolFault
 from modelpool.manager import tables
 from modelpool.manager.migrations import HEAD, UnknownSchema, migrate
+from modelpool.messages.dump import StoredKey, StoredModel
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 
@@ -57,11 +58,6 @@ class Deposed(StoreError):
     code = "manager_away"
 
 
-class StoredModel(msgspec.Struct, frozen=True):
-    spec: ModelSpec
-    created: int
-
-
 def _stored_model(row: sa.Row[Any]) -> StoredModel | None:
     """A row as a model. One that this version cannot read must not keep all others from being served."""
     try:
@@ -88,16 +84,6 @@ def _stored_experience(row: sa.Row[Any]) -> StoredExperience | None:
     except msgspec.ValidationError as error:
         log.error("what was learned of `%s` is left out: %s", row.alias, error)
         return None
-
-
-class StoredKey(msgspec.Struct, frozen=True, kw_only=True):
-    """`digest`: SHA-256 of the secret, in hex. Times are in seconds since 1970."""
-
-    id: str
-    digest: str
-    spec: KeySpec
-    created: int
-    revoked: int | None = None
 
 
 def _stored_key(row: sa.Row[Any]) -> StoredKey | None:
@@ -196,7 +182,7 @@ class Store:
         return [each for each in map(_stored_model, rows) if each is not None]
 
     async def add_model(self, spec: ModelSpec, created: int) -> None:
-        await self._write(sa.insert(tables.models).values(alias=spec.alias, spec=_raw(spec), created=created))
+        await self._write((sa.insert(tables.models), [_model_row(StoredModel(spec, created))]))
 
     async def change_model(self, spec: ModelSpec) -> None:
         await self._write(sa.update(tables.models).where(tables.models.c.alias == spec.alias).values(spec=_raw(spec)))
@@ -231,11 +217,19 @@ class Store:
         return bool(await self._read(sa.select(tables.keys.c.id).limit(1)))
 
     async def add_key(self, key: StoredKey) -> None:
-        values = {"id": key.id, "digest": key.digest, "spec": _raw(key.spec), "created": key.created}
-        await self._write(sa.insert(tables.keys).values(**values, revoked=key.revoked))
+        await self._write((sa.insert(tables.keys), [_key_row(key)]))
 
     async def revoke_key(self, id: str, revoked: int) -> None:
         await self._write(sa.update(tables.keys).where(tables.keys.c.id == id).values(revoked=revoked))
+
+    async def load(self, models: Sequence[StoredModel], keys: Sequence[StoredKey], cluster: str) -> None:
+        """All of it, or nothing; `cluster` is the store's id from then on."""
+        await self._write(
+            *([(sa.insert(tables.models), [_model_row(each) for each in models])] if models else ()),
+            *([(sa.insert(tables.keys), [_key_row(each) for each in keys])] if keys else ()),
+            sa.update(tables.cluster).values(cluster=cluster),
+        )
+        self._cluster = cluster
 
     # ------------------------------------------------------------ workers
 
@@ -309,6 +303,15 @@ class Store:
             await asyncio.wait(self._given_up, timeout=1.0)
         async with asyncio.timeout(self._answer_s):
             await self._engine.dispose()
+
+
+def _model_row(model: StoredModel) -> dict[str, Any]:
+    return {"alias": model.spec.alias, "spec": _raw(model.spec), "created": model.created}
+
+
+def _key_row(key: StoredKey) -> dict[str, Any]:
+    values = {"id": key.id, "digest": key.digest, "spec": _raw(key.spec)}
+    return {**values, "created": key.created, "revoked": key.revoked}
 
 
 def _raw(spec: ModelSpec | KeySpec) -> dict[str, Any]:
