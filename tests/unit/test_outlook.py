@@ -46,6 +46,11 @@ def test_a_sleeper_says_what_wakes_it_and_how_long_that_takes() -> None:
     ]
 
 
+def test_one_that_falls_asleep_says_so() -> None:
+    pool, _ = play((100, heard(report("a"))), pool=up("a"))
+    assert said(pool, 101) == ["Next: a falls asleep once its requests have ended."]
+
+
 def test_an_unloaded_model_says_how_long_a_start_takes() -> None:
     pool, _ = play((0, heard()), (0, ModelRegistered(model("a"), LEARNED, True)), (5, heard()))
     assert said(pool, 6) == [

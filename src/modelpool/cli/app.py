@@ -456,7 +456,12 @@ def explain_command(
         if model is not None:
             _explain_model(model, json)
             return
-        explanation = client.explain(what)
+        try:
+            explanation = client.explain(what)
+        except Trouble as trouble:
+            if trouble.code == "request_not_known":
+                fail(f"No model has the alias `{what}`. {trouble.message}", trouble.hint)
+            raise
     if json:
         _print_json(explanation)
         return

@@ -19,7 +19,7 @@ _DOES = {
     Step.UNLOAD: "is unloaded",
 }
 _ASLEEP = (_S.SLEEP_1, _S.SLEEP_2)
-_COMING = (_S.STARTING, _S.WAKING)
+_IN_BETWEEN = (_S.STARTING, _S.WAKING, _S.DRAINING, _S.FAILED)
 
 
 def outlook(pool: Pool, model: Model, instances: Sequence[Instance], now: float) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def _next(pool: Pool, model: Model, usable: Sequence[Instance], decided: Wish, n
         yield f"Next{', when it can be' if shortage else ''}: {what}; {decided.reason}.{in_the_way}"
     elif decided.later is not None:
         yield f"Next: {_later(model, usable, decided.later, now)}."
-    elif said := [_on_the_way(pool, each, now) for each in usable if each.state in (*_COMING, _S.FAILED)]:
+    elif said := [_on_the_way(pool, each, now) for each in usable if each.state in _IN_BETWEEN]:
         yield from said
     else:
         yield f"Next: nothing by itself; {_why_nothing(pool, model, decided)}."
@@ -60,6 +60,8 @@ def _later(model: Model, usable: Sequence[Instance], later: Later, now: float) -
 
 
 def _on_the_way(pool: Pool, instance: Instance, now: float) -> str:
+    if instance.state is _S.DRAINING:
+        return f"Next: {instance.instance} falls asleep once its requests have ended."
     if instance.state is _S.FAILED:
         left = (instance.retry_at or 0.0) - now
         when = f"in {in_words(left)}" if left > 0 else "when it is asked for"
@@ -103,7 +105,7 @@ def _takes(learned: Learned, what: What, worker_id: str) -> str:
 
 def _yields(pool: Pool, model: Model, usable: Sequence[Instance], now: float) -> Iterator[str]:
     """Whether its memory may go to a model that is asked for."""
-    if not usable or all(each.state in (*_COMING, _S.FAILED) for each in usable):
+    if not usable or all(each.state in _IN_BETWEEN for each in usable):
         return
     if model.pinned:
         yield "It gives way to nobody: it is pinned."
