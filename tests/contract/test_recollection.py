@@ -6,6 +6,8 @@ import asyncio
 import sqlite3
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from modelpool.core.learned import Learned, What, learn
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Model, ModelRegistered, ModelRemoved, Pool, Report, WorkerReported, apply
@@ -43,9 +45,10 @@ def test_what_was_learned_and_who_rests_is_known_to_the_next_manager(tmp_path: P
 def test_only_what_is_new_is_written(tmp_path: Path) -> None:
     async def story() -> None:
         async with held(url(tmp_path)) as store:
-            recollection = Recollection(store)
             first = pool("a", "b")
-            await recollection.save(first)
+            await Recollection(store).save(first)
+            recollection = Recollection(store)
+            first = replace(first, learned={alias: of[1] for alias, of in (await recollection.recall()).items()})
             with sqlite3.connect(tmp_path / "s.db") as other:
                 other.execute("UPDATE experience SET key = 'not written again'")
             report = Report(instance="b", alias="b", key="key of b", state=InstanceState.ACTIVE)

@@ -25,7 +25,9 @@ class Recollection:
     async def recall(self) -> dict[str, tuple[str, Learned, bool]]:
         """By alias: the key of the model that it is about, what was learned, and whether it was at rest."""
         stored = await self._store.experience()
-        return {each.alias: (each.key, from_record(each.measured), each.resting) for each in stored}
+        recalled = {each.alias: (each.key, from_record(each.measured), each.resting) for each in stored}
+        self._kept = {alias: (learned, resting) for alias, (_, learned, resting) in recalled.items()}
+        return recalled
 
     async def save(self, pool: Pool) -> None:
         """Not while models are registered or removed. What cannot be written now is tried again with the next."""

@@ -8,7 +8,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from modelpool.core.learned import ANYWHERE, WAKE, What, expected
+from modelpool.core.learned import ANYWHERE, WAKE, What, slow
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
 from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
@@ -155,10 +155,8 @@ def _wait_for(known: Known, instance: Instance) -> float | None:
 
 
 def _slow(known: Known, alias: str, what: What, worker_id: str = ANYWHERE) -> float:
-    measured = expected(known.pool.learned.get(alias, {}), what, worker_id)
-    if measured is not None:
-        return measured.slow
-    return DEFAULT_START_S if what is What.START else DEFAULT_WAKE_S
+    unseen = DEFAULT_START_S if what is What.START else DEFAULT_WAKE_S
+    return slow(known.pool.learned.get(alias, {}), what, worker_id, unknown=unseen)
 
 
 def reason(known: Known, alias: str, instances: list[Instance]) -> str:
