@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import FAKE_ONLY
+from tests.e2e.ladder import ladder, settled
 from tests.e2e.pool import Json, PoolProcess, eventually, running_pool
 
 TRAINING = {"gb": 80, "others": [{"pid": 4242, "name": "train.py", "gb": 50}]}
@@ -158,3 +160,41 @@ def test_many_models_take_turns_and_nobody_ever_takes_more_than_there_is(gpus: G
     assert min(each[1] for each in samples) < 40  # it was really used
     log = (gpus.pool.home / "logs" / "manager.log").read_text()
     assert "out of memory" not in log
+
+
+def test_a_start_that_lacks_memory_is_tried_again_more_and_more_slowly_and_disturbs_nobody(gpus: Gpus) -> None:
+    """It takes more than it was registered with, so that only its own start can find out."""
+    pool = gpus.pool
+    pool.register("good", fake=True, gpu_memory_gb=10)
+    pool.wait_active("good")
+    began = time.monotonic()
+    pool.register("liar", fake=True, gpu_memory_gb=10, fake_kv_mb=90_000)
+    eventually(lambda: _first(pool, "liar").get("failures", 0) >= 4, 30, lambda: f"failed: {pool.model('liar')}")
+    assert time.monotonic() - began > 0.2 + 0.4 + 0.8
+    assert ask(pool, "good")[0] == 200
+    status, said = ask(pool, "liar", wait_s=0)
+    assert status == 503
+    assert "90.0 GB wanted of device" in said
+    eventually(lambda: sorted(gpus.free()) == [70, 80, 80, 80], 10, lambda: f"given back: {gpus.free()}")
+    assert _first(pool, "good")["failures"] == 0
+
+
+def test_a_wake_that_fails_is_a_cold_start_and_no_error(gpus: Gpus) -> None:
+    pool = gpus.pool
+    pool.register("m", fake=True, gpu_memory_gb=10, fake_context_mb=500, fake_wake_error="the weights are gone")
+    pool.wait_active("m")
+    host = pool.one("modelpool: host m").pid
+    with ladder(pool, "m") as m:
+        settled(pool, "m")
+        m.sleep(1)
+    assert ask(pool, "m")[0] == 200
+    assert pool.one("modelpool: host m").pid != host
+    instance = _first(pool, "m")
+    assert instance["failures"] == 1
+    log = (pool.home / "logs" / "worker.log").read_text()
+    assert "m failed: it could not be woken: the weights are gone" in log
+
+
+def _first(pool: PoolProcess, alias: str) -> Json:
+    """The model's first instance, as its manager sees it."""
+    return next(iter(pool.model(alias)["instances"]), {})

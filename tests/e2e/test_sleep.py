@@ -111,6 +111,28 @@ def test_requests_in_flight_when_sleep_is_asked_for_all_complete(demo_pool: Pool
     assert (demo.report()["last_sleep"]["level"], demo.report()["last_sleep"]["reason"]) == (2, "")
 
 
+def test_a_sleeper_whose_files_vanish_says_so_and_gives_its_memory_back(demo_pool: PoolProcess, tmp_path: Path) -> None:
+    folder = make_text_model(tmp_path / "there", seed=5)
+    small = {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20}
+    demo_pool.register("vanishing", model_name=str(folder), engine_args=small)
+    demo_pool.wait_active("vanishing")
+    body = {"model": "vanishing", "prompt": "x", "max_tokens": 1}
+    with ladder(demo_pool, "vanishing") as vanishing:
+        settled(demo_pool, "vanishing")
+        vanishing.sleep(2)
+        folder.rename(tmp_path / "gone")
+        answer = demo_pool.http.post("/v1/completions", json=body, headers={"X-ModelPool-Max-Wait": "30"})
+    assert answer.status_code == 503
+    assert f"model_name: {folder} does not exist" in answer.text
+    # The wake failed, then the start, for a reason that the next one would have too: that waits for a minute.
+    instance = demo_pool.model("vanishing")["instances"][0]
+    assert (instance["state"], instance["failures"], instance["permanent"]) == ("FAILED", 2, True)
+    assert instance["retry_in_s"] > 30
+    assert demo_pool.processes("modelpool: host vanishing") == []
+    assert demo_pool.http.post("/v1/completions", json={**body, "model": "demo"}).status_code == 200
+    demo_pool.remove("vanishing")
+
+
 def test_it_is_back_soon(demo_pool: PoolProcess, demo: Ladder) -> None:
     """Bounds as the project promises them, on a machine that others use too; `make soak` prints the real figures."""
     demo.first_token_s()
