@@ -337,4 +337,4 @@ class TicketsAreServed(RuleBasedStateMachine):
 
 
 TestTicketsAreServed = TicketsAreServed.TestCase
-TestTicketsAreServed.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestTicketsAreServed.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

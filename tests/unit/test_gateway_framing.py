@@ -147,7 +147,7 @@ async def taken(pieces: list[bytes]) -> tuple[Read, bytes, bool]:
     return app.read, transport.sent.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""), transport.ended
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(STREAMS, st.data())
 def test_requests_are_the_same_however_they_are_cut(stream: bytes, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
@@ -186,7 +186,7 @@ def read_by_another(stream: bytes) -> Read:
         return read
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(STREAMS)
 def test_what_is_served_is_what_another_strict_reader_reads(stream: bytes) -> None:
     served, _, _ = asyncio.run(taken([stream]))

@@ -580,4 +580,4 @@ class NothingIsLost(RuleBasedStateMachine):
 
 
 TestNothingIsLost = NothingIsLost.TestCase
-TestNothingIsLost.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestNothingIsLost.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import modelpool
@@ -23,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN = {"vllm": "engines/vllm", "torch": "engines/vllm", "ray": "cluster"}
 
 
+@cache
 def imports() -> list[tuple[Path, str]]:
     """Every (file below src/modelpool, dotted name it imports)."""
     found = []

@@ -167,7 +167,7 @@ class LimitsMachine(RuleBasedStateMachine):
         assert held == (len(self.model.running), sum(each.reserved for each in self.model.running))
 
 
-LimitsMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+LimitsMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestLimits = LimitsMachine.TestCase
 
 

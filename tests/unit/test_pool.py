@@ -357,7 +357,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(actions)
 def test_whatever_happened_what_is_wanted_runs_in_the_end_and_nothing_else(
     script: list[tuple[str, str, str, int]],

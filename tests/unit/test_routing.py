@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -207,4 +207,5 @@ class LeasesComeBack(RuleBasedStateMachine):
         assert all(instance.inflight == 0 for instance in self.seen)
 
 
+LeasesComeBack.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestLeasesComeBack = LeasesComeBack.TestCase
