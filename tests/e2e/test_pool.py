@@ -14,6 +14,7 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
+from tests.e2e.conftest import FAKE_ONLY
 from tests.e2e.pool import PoolProcess, end, eventually, running_pool, start_up
 
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
@@ -182,46 +183,45 @@ def test_no_worker_and_no_room_are_said_with_the_numbers(fake_pool: PoolProcess)
     assert int(answer.headers["retry-after"]) >= 1
 
 
-def test_a_model_runs_on_two_workers_and_both_get_requests(tmp_path: Path) -> None:
-    flags = {"MODELPOOL_ENGINES": "fake", "MODELPOOL_HEARTBEAT_INTERVAL": "1"}
-    with running_pool(tmp_path / "home", "--no-demo", **flags) as pool:
-        second = subprocess.Popen(
-            [sys.executable, "-m", "modelpool.cli", "worker", "--worker-id", "w2", "--port", "0"],
-            env={
-                **os.environ,
-                **flags,
-                "MODELPOOL_HOME": str(tmp_path / "home2"),
-                "MODELPOOL_RUN_ID": pool.run_id,
-                "MODELPOOL_TOKEN": pool.token,
-                "MANAGER_URL": pool.url,
-                "SPT_NOENV": "1",
-            },
-            start_new_session=True,
+def test_a_model_runs_on_two_workers_and_both_get_requests(mending_pool: PoolProcess, tmp_path: Path) -> None:
+    pool = mending_pool
+    second = subprocess.Popen(
+        [sys.executable, "-m", "modelpool.cli", "worker", "--worker-id", "w2", "--port", "0"],
+        env={
+            **os.environ,
+            **FAKE_ONLY,
+            "MODELPOOL_HOME": str(tmp_path / "home2"),
+            "MODELPOOL_RUN_ID": pool.run_id,
+            "MODELPOOL_TOKEN": pool.token,
+            "MANAGER_URL": pool.url,
+            "SPT_NOENV": "1",
+        },
+        start_new_session=True,
+    )
+    try:
+        eventually(lambda: len(pool.status()["workers"]) == 2, 20, lambda: "two workers")
+        pool.register("both", fake=True, min_replicas=2)
+        view = pool.wait_active("both", replicas=2)
+        assert {each["worker_id"] for each in view["instances"]} == {"w1", "w2"}
+        for _ in range(20):
+            assert pool.http.post("/v1/completions", json={"model": "both", "prompt": "x"}).status_code == 200
+        served = {}
+        for instance in view["instances"]:
+            with pool.worker_http(instance["worker_id"]) as worker:
+                status = worker.get(f"/instances/{instance['instance']}/status").json()
+                served[instance["worker_id"]] = status["requests_total"]
+        assert min(served.values()) >= 5, served
+        second.terminate()
+        assert second.wait(20) == 0
+        eventually(
+            lambda: not [w for w in pool.status()["workers"] if w["worker_id"] == "w2" and w["alive"]],
+            5,
+            lambda: "w2 has left",
         )
-        try:
-            eventually(lambda: len(pool.status()["workers"]) == 2, 20, lambda: "two workers")
-            pool.register("both", fake=True, min_replicas=2)
-            view = pool.wait_active("both", replicas=2)
-            assert {each["worker_id"] for each in view["instances"]} == {"w1", "w2"}
-            for _ in range(20):
-                assert pool.http.post("/v1/completions", json={"model": "both", "prompt": "x"}).status_code == 200
-            served = {}
-            for instance in view["instances"]:
-                with pool.worker_http(instance["worker_id"]) as worker:
-                    status = worker.get(f"/instances/{instance['instance']}/status").json()
-                    served[instance["worker_id"]] = status["requests_total"]
-            assert min(served.values()) >= 5, served
-            second.terminate()
-            assert second.wait(20) == 0
-            eventually(
-                lambda: not [w for w in pool.status()["workers"] if w["worker_id"] == "w2" and w["alive"]],
-                5,
-                lambda: "w2 has left",
-            )
-            pool.wait_active("both", replicas=2)
-        finally:
-            if second.poll() is None:
-                second.kill()
+        pool.wait_active("both", replicas=2)
+    finally:
+        if second.poll() is None:
+            second.kill()
 
 
 def test_a_request_that_kills_its_engine_is_not_sent_to_the_next_one(mending_pool: PoolProcess) -> None:

@@ -20,6 +20,8 @@ from modelpool.testing.tiny_models import make_embedding_model, make_text_model
 from tests.e2e.pool import PoolProcess, eventually, running_pool
 
 SMALL = {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20}
+# In every run parts are stopped before they are killed in test_faults.py, on fake engines.
+LONG_FORM = pytest.param("stop then kill", marks=pytest.mark.soak)
 
 
 @pytest.mark.parametrize("question", ["What is Model Pool?", "Model Pool 是什么？"])
@@ -222,7 +224,7 @@ def test_a_dead_engine_is_seen_and_started_again(breakable_pool: PoolProcess, vi
     assert not group & {each.pid for each in pool.processes()}
 
 
-@pytest.mark.parametrize("how", ["kill", "stop then kill"])
+@pytest.mark.parametrize("how", ["kill", LONG_FORM])
 @pytest.mark.parametrize("victim", ["modelpool: manager", "modelpool: gateway"])
 def test_a_real_engine_runs_on_when_the_manager_or_the_gateway_dies(
     breakable_pool: PoolProcess, victim: str, how: str
@@ -249,7 +251,7 @@ def test_a_real_engine_runs_on_when_the_manager_or_the_gateway_dies(
     assert all(each.is_running() for each in engines)
 
 
-@pytest.mark.parametrize("how", ["kill", "stop then kill"])
+@pytest.mark.parametrize("how", ["kill", LONG_FORM])
 @pytest.mark.parametrize("victim", ["modelpool: worker", "modelpool: forkserver"])
 def test_real_engines_end_with_their_worker_but_not_with_their_forkserver(
     breakable_pool: PoolProcess, victim: str, how: str
