@@ -20,6 +20,7 @@ import pytest
 from modelpool.messages.engine import HostStatus, Loaded, LoadFailed, SleepRefused, Slept, Woken
 from modelpool.messages.models import ModelSpec
 from modelpool.testing.engine_driver import TOKEN, ForkserverDriver, HostDriver, processes_of_run
+from tests.promised import promised
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 CHAT = "/v1/chat/completions"
@@ -55,7 +56,7 @@ class EngineContract:
             yield host
 
     def post(self, host: HostDriver, body: Any, path: str = CHAT, **headers: str) -> httpx.Response:
-        return httpx.post(host.url + path, json=body, headers={**AUTHORIZED, **headers}, timeout=60)
+        return httpx.post(host.url + path, json=body, headers={**AUTHORIZED, **headers}, timeout=promised(60))
 
     def start_long(self, host: HostDriver, *, stream: bool) -> socket.socket:
         """A request that lasts, on a connection of its own; returns once the host counts it as running."""
@@ -131,7 +132,7 @@ class EngineContract:
         """Long before it would end by itself; e2e/test_engine_aborts.py knows of what happens within a second."""
         connection = self.start_long(shared, stream=stream)
         connection.close()
-        shared.probe_until(_is_idle, timeout_s=4)
+        shared.probe_until(_is_idle, timeout_s=promised(4))
 
     # ------------------------------------------------------------ sleep
 
@@ -152,7 +153,7 @@ class EngineContract:
             began = time.monotonic()
             refused = self.post(shared, chat())
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "instance_draining")
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < promised(1)
             assert shared.probe().draining
             woken = shared.wake()
             assert isinstance(woken, Woken), woken
@@ -166,8 +167,8 @@ class EngineContract:
         asking = threading.Thread(target=lambda: answers.append(self.post(shared, body, **{"X-Fake-Token-Ms": "3"})))
         asking.start()
         shared.probe_until(lambda status: status.running == 1)
-        assert isinstance(shared.sleep(1, drain_s=60, timeout_s=60), Slept)
-        asking.join(5)
+        assert isinstance(shared.sleep(1, drain_s=promised(60), timeout_s=promised(60)), Slept)
+        asking.join(promised(5))
         assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [self.second_tokens]
         assert isinstance(shared.wake(), Woken)
 
@@ -204,11 +205,11 @@ class EngineContract:
             client.get("/health")
             asking.start()
             host.probe_until(lambda status: status.running == 1)
-            host.shutdown(drain_s=60)
+            host.shutdown(drain_s=promised(60))
             host.probe_until(lambda status: status.draining)
             refused = client.post(CHAT, json=chat())
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "instance_draining")
-        asking.join(60)
+        asking.join(promised(60))
         assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [self.second_tokens]
         assert forkserver.wait_exited(host.pid, 20).status == 0
 
@@ -219,23 +220,23 @@ class EngineContract:
         began = time.monotonic()
         host.shutdown(drain_s=0.2)
         assert forkserver.wait_exited(host.pid, 20).status == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < promised(10)
         connection.close()
 
     def test_a_killed_host_is_reported_and_leaves_nothing(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
         os.kill(host.pid, signal.SIGKILL)
-        assert forkserver.wait_exited(host.pid, 2).status == -signal.SIGKILL
+        assert forkserver.wait_exited(host.pid, promised(2)).status == -signal.SIGKILL
         _wait_gone(forkserver, host)
 
     def test_a_host_that_is_stopped_can_be_killed(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
         os.kill(host.pid, signal.SIGSTOP)
         os.kill(host.pid, signal.SIGKILL)
-        assert forkserver.wait_exited(host.pid, 2).status == -signal.SIGKILL
+        assert forkserver.wait_exited(host.pid, promised(2)).status == -signal.SIGKILL
         _wait_gone(forkserver, host)
 
     def test_a_host_ends_when_its_worker_is_gone(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
         host.control.close()
-        assert forkserver.wait_exited(host.pid, 2).status == -signal.SIGKILL
+        assert forkserver.wait_exited(host.pid, promised(2)).status == -signal.SIGKILL
         _wait_gone(forkserver, host)
 
     def test_a_host_ends_when_its_worker_goes_while_it_loads(
@@ -244,7 +245,7 @@ class EngineContract:
         host = forkserver.start(model)
         host.receive(self.load_s)
         host.control.close()
-        assert forkserver.wait_exited(host.pid, 3).status == -signal.SIGKILL
+        assert forkserver.wait_exited(host.pid, promised(3)).status == -signal.SIGKILL
         _wait_gone(forkserver, host)
 
     def test_sigterm_ends_a_host_cleanly(self, forkserver: ForkserverDriver, host: HostDriver) -> None:

@@ -25,6 +25,7 @@ from tests.contract.worker_process import (
     running_worker,
     serving_control,
 )
+from tests.promised import promised
 
 FORKSERVER = "modelpool: forkserver"
 SPARE = "modelpool: spare host"
@@ -187,7 +188,7 @@ def test_a_second_signal_ends_everything_at_once(tmp_path: Path) -> None:
             eventually(lambda: "ending" in (tmp_path / "worker.out").read_text())
             worker.process.terminate()
             worker.process.wait(10)
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < promised(4)
         eventually(lambda: worker.below() == [], within=5)
 
 
@@ -256,7 +257,7 @@ def test_every_change_is_told_at_once(tmp_path: Path) -> None:
         eventually(lambda: control.states("m")[-1:] == ["ACTIVE"], within=1)
         worker.stop("m")
         eventually(lambda: control.heartbeats[-1]["instances"] == [], within=1)
-        assert time.monotonic() - began < 4  # none of it waited for the interval of 5 s
+        assert time.monotonic() - began < promised(4)  # none of it waited for the interval of 5 s
         assert control.states("m") in (["STARTING", "ACTIVE", "DRAINING"], ["STARTING", "ACTIVE"])
         assert control.tokens == {f"Bearer {TOKEN}"}
 
@@ -329,6 +330,6 @@ def test_health_answers_while_the_real_engine_is_imported(tmp_path: Path) -> Non
             took.append(time.monotonic() - began)
             time.sleep(0.02)
         took.sort()
-        assert took[50] < 0.05
-        assert took[-1] < 0.5
+        assert took[50] < promised(0.05)
+        assert took[-1] < promised(0.5)
         assert worker.wait("m", "ACTIVE")["reason"] == ""

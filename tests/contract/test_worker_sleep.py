@@ -22,6 +22,7 @@ from tests.contract.worker_process import (
     running_worker,
     serving_control,
 )
+from tests.promised import promised
 
 MB = 10**6
 LIMITS = {
@@ -82,11 +83,11 @@ def test_each_level_gives_back_what_it_promises_and_waking_takes_it_again(worker
         assert abs(full - status["memory_bytes"] - freed) < 5 * MB
         change = report["last_sleep"]
         assert (change["level"], change["reason"]) == (level, "")
-        assert 0.02 <= change["seconds"] < 1
+        assert 0.02 <= change["seconds"] < promised(1)
         assert abs(change["bytes_before"] - change["bytes_after"] - freed) < 5 * MB
         assert awake(worker)["last_wake"]["level"] == level
         last = eventually(lambda: _measured(worker.status("m")))
-        assert wake_s <= last["seconds"] < wake_s + 1
+        assert wake_s <= last["seconds"] < wake_s + promised(1)
         assert abs(last["bytes_after"] - full) < 5 * MB
         assert worker.status("m")["sleep_level_value"] == 0
         assert ask(worker).json()["choices"] == before
@@ -163,7 +164,7 @@ def test_a_request_never_reaches_an_engine_that_sleeps(worker: WorkerProcess) ->
         assert ask(worker).status_code == 503
         answer = worker.http.post(direct, json={"model": "m", "prompt": "x"})
         assert refusal(answer) == (503, "instance_draining")
-        assert time.monotonic() - began < 0.25
+        assert time.monotonic() - began < promised(0.25)
 
     sleep(worker, 1)
     refused()
@@ -179,17 +180,20 @@ def test_a_request_never_reaches_an_engine_that_sleeps(worker: WorkerProcess) ->
 
 
 def test_requests_in_flight_end_first_and_none_is_aborted(worker: WorkerProcess) -> None:
-    worker.start("m", fake_delay_ms=1000, fake_capacity=60)
+    worker.start("m", fake_delay_ms=int(promised(1000)), fake_capacity=60)
     many = httpx.Client(
-        base_url=worker.url, headers=worker.http.headers, timeout=30, limits=httpx.Limits(max_connections=None)
+        base_url=worker.url,
+        headers=worker.http.headers,
+        timeout=promised(30),
+        limits=httpx.Limits(max_connections=None),
     )
     with many, ThreadPoolExecutor(100) as pool:
         answers = [pool.submit(complete, many, "/proxy/m/v1/completions", "m") for _ in range(100)]
         eventually(lambda: worker.status("m")["inflight_requests"] == 100)
-        assert sleep(worker, 1).json()["state"] == "DRAINING"
+        assert sleep(worker, 1, drain_s=60).json()["state"] == "DRAINING"
         assert [each.result().status_code for each in answers] == [200] * 100
     change = worker.wait("m", "SLEEP_1")["last_sleep"]
-    assert 0.1 < change["drain_s"] < 3
+    assert 0.1 < change["drain_s"] < promised(3)
 
 
 def test_where_requests_do_not_end_in_time_it_stays_awake_and_says_so(worker: WorkerProcess) -> None:
@@ -279,7 +283,7 @@ def test_a_stop_need_not_wait_for_a_change_of_level(worker: WorkerProcess, slow:
     assert worker.http.post("/instances/m/stop").json()["reason"] == "it is being stopped"
     assert refusal(sleep(worker, 1))[0] == refusal(wake(worker))[0] == 409
     eventually(lambda: "m" not in worker.instances())
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < promised(0.9)
 
 
 def test_every_level_is_reported_to_the_manager_at_once(tmp_path: Path) -> None:
@@ -312,6 +316,6 @@ def test_a_start_says_where_its_time_went(worker: WorkerProcess) -> None:
     phases = worker.start("m", fake_load_ms=200)["phases"]
     assert [phase["name"] for phase in phases] == ["fetch", "import", "fork", "load", "app"]
     seconds = {phase["name"]: phase["seconds"] for phase in phases}
-    assert 0.2 <= seconds["load"] < 0.5
+    assert 0.2 <= seconds["load"] < promised(0.5)
     assert all(0 <= each < 5 for each in seconds.values())
     assert worker.status("m")["phases"] == phases

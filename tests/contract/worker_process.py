@@ -24,6 +24,7 @@ from modelpool.process import READY_FD, Announcement, NotStarted, Ready
 from modelpool.process_group import reap
 from modelpool.process_table import with_variable
 from modelpool.worker.host_spec import TAG
+from tests.promised import promised
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -33,8 +34,8 @@ NOBODY = "http://127.0.0.1:1"
 
 
 def eventually(look: Callable[[], T | None], within: float = 10.0) -> T:
-    """The first value of `look` that is neither None nor False. Fails when there is none in time."""
-    deadline = time.monotonic() + within
+    """The first value of `look` that is neither None nor False. Fails when there is none in time (see `promised`)."""
+    deadline = time.monotonic() + promised(within)
     while not (found := look()):
         assert time.monotonic() < deadline, f"not within {within} s"
         time.sleep(0.02)

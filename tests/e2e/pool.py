@@ -19,6 +19,7 @@ import psutil
 from openai import OpenAI
 
 from modelpool.home import Home
+from tests.promised import promised
 
 Json = dict[str, Any]
 
@@ -110,8 +111,8 @@ T = TypeVar("T")
 
 
 def eventually(attempt: Callable[[], T | None], within: float, what: Callable[[], str]) -> T:
-    """The first true result of `attempt`; fails with `what()` when there is none in time."""
-    deadline = time.monotonic() + within
+    """The first true result of `attempt`; fails with `what()` when there is none in time (see `promised`)."""
+    deadline = time.monotonic() + promised(within)
     while True:
         try:
             if result := attempt():

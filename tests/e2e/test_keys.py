@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,7 @@ def test_keys_are_made_used_and_revoked_by_command_and_outlive_the_manager(own_p
     pool.one("modelpool: manager").kill()
     assert [status(pool, secret) for secret in ("", alice["secret"], bob["secret"])] == [401, 200, 200]
     revoked = keys(pool, "revoke", "alice")  # waits for the manager, which then waits for its worker
-    since = time.monotonic()
     eventually(lambda: status(pool, alice["secret"]) == 401, 1, lambda: "alice refused")
-    assert time.monotonic() - since < 1
     assert revoked["id"] == alice["key"]["id"]
     assert [each["name"] for each in keys(pool, "ls")] == ["bob"]
     assert [each["name"] for each in keys(pool, "ls", "--all")] == ["alice", "bob"]

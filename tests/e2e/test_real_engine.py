@@ -178,10 +178,11 @@ class Probes:
 @pytest.fixture(scope="module")
 def probed_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PoolProcess, Probes]]:
     """A pool, and what its worker answered while forkserver and engine started."""
-    with running_pool(tmp_path_factory.mktemp("breakable")) as pool:
+    with running_pool(tmp_path_factory.mktemp("breakable"), "--no-demo") as pool:
         with pool.worker_http() as worker:
             url = str(worker.base_url)
         with Probes(url) as probes:
+            pool.register("demo", model_name=str(demo.model_path()), engine_args=demo.engine_args())
             pool.wait_active("demo")
         yield pool, probes
 

@@ -13,6 +13,7 @@ import pytest
 from modelpool.testing.tiny_models import make_text_model
 from tests.e2e.ladder import Ladder, ladder, settled
 from tests.e2e.pool import Json, PoolProcess, eventually
+from tests.promised import promised
 
 MB = 10**6
 KV_CACHE = 128 << 20
@@ -75,7 +76,7 @@ def test_a_sleeper_refuses_and_the_gateway_has_it_woken(demo_pool: PoolProcess, 
         began = time.monotonic()
         through_worker = demo.worker.post("/proxy/demo/v1/completions", json=body)
         direct = demo.worker.post(host, json=body)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < promised(1)
         assert (through_worker.status_code, direct.status_code) == (503, 503)
         codes = [answer.json()["error"]["code"] for answer in (through_worker, direct)]
         assert codes == ["instance_not_ready", "instance_draining"]

@@ -22,6 +22,7 @@ from modelpool.messages.models import EngineKind, ModelSpec
 from modelpool.testing.engine_driver import ForkserverDriver, HostDriver, processes_of_run
 from modelpool.testing.tiny_models import make_embedding_model, make_lora_adapter, make_text_model
 from tests.engine_contract import AUTHORIZED, CHAT, EngineContract, chat
+from tests.promised import promised
 
 SMALL: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
 
@@ -61,7 +62,7 @@ def process(forkserver: ForkserverDriver, host: HostDriver, name: str) -> int:
 
 def started(forkserver: ForkserverDriver, model: ModelSpec, **changes: Any) -> HostDriver:
     host = forkserver.start(model, **changes)
-    loaded = host.wait_loaded(60)
+    loaded = host.wait_loaded(promised(60))
     assert isinstance(loaded, Loaded), loaded
     return host
 
@@ -106,7 +107,7 @@ class TestVllmEngine(EngineContract):
         if stopped:
             os.kill(pid, signal.SIGSTOP)
         os.kill(pid, signal.SIGKILL)
-        assert forkserver.wait_exited(host.pid, 4).status == 1
+        assert forkserver.wait_exited(host.pid, promised(4)).status == 1
         assert "the engine died" in (forkserver.folder / "tiny.log").read_text().splitlines()[-1]
         for connection in connections:
             answer = _rest(connection)
@@ -119,14 +120,14 @@ class TestVllmEngine(EngineContract):
         host = started(forkserver, in_three(model) if "Worker" in name else model)
         assert isinstance(host.sleep(2), Slept)
         os.kill(process(forkserver, host, name), signal.SIGKILL)
-        assert forkserver.wait_exited(host.pid, 4).status == 1
+        assert forkserver.wait_exited(host.pid, promised(4)).status == 1
 
     def test_a_shutdown_does_not_wait_for_an_engine_that_is_stopped(
         self, forkserver: ForkserverDriver, host: HostDriver
     ) -> None:
         os.kill(process(forkserver, host, "VLLM::EngineCore"), signal.SIGSTOP)
         host.shutdown(0)
-        assert forkserver.wait_exited(host.pid, 10).status == 0
+        assert forkserver.wait_exited(host.pid, promised(10)).status == 0
 
     @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "with its resource tracker"])
     def test_shared_memory_goes_with_it_however_it_ends(
@@ -141,7 +142,7 @@ class TestVllmEngine(EngineContract):
                     os.kill(pid, signal.SIGKILL)
         os.kill(host.pid, signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
         forkserver.wait_exited(host.pid, 20)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + promised(5)
         while any(segment.exists() for segment in segments):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -349,7 +350,7 @@ def test_a_path_that_does_not_exist_is_refused(forkserver: ForkserverDriver) -> 
 
 def _expect_refusal(forkserver: ForkserverDriver, model: ModelSpec, says: str) -> None:
     host = forkserver.start(model)
-    outcome = host.wait_loaded(60)
+    outcome = host.wait_loaded(promised(60))
     assert isinstance(outcome, LoadFailed)
     assert says in outcome.reason
     assert "Traceback" not in outcome.reason
@@ -363,7 +364,7 @@ def _expect_refusal(forkserver: ForkserverDriver, model: ModelSpec, says: str) -
 
 def _rest(connection: socket.socket) -> bytes:
     """All that comes until the other side closes; it must, within seconds."""
-    connection.settimeout(5)
+    connection.settimeout(promised(5))
     data = b""
     try:
         while piece := connection.recv(65536):

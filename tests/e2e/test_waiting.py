@@ -91,9 +91,11 @@ def test_whatever_dies_requests_that_may_wait_are_answered(pool: PoolProcess, pa
     """All that begin when it is dead: what runs in the engine that dies may have run, and is a 502."""
     pool.register("steady", fake=True, fake_response="Here I am.")
     pool.wait_active("steady")
-    before = pool.one(f"modelpool: {part}")
+    before, host = pool.one(f"modelpool: {part}"), pool.one("modelpool: host steady")
     before.send_signal(signal.SIGKILL)
     before.wait(10)
+    if part == "worker":  # its engine ends a moment after it
+        eventually(lambda: host not in pool.processes("modelpool: host"), 10, lambda: "its engine has ended")
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda _: ask(pool, "steady"), range(40)))
     assert [each.status_code for each in answers] == [200] * 40
