@@ -6,15 +6,18 @@ import asyncio
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
-from benchmarks import costs, processes
+from benchmarks import cold_start, costs, processes
 from benchmarks.hold import Connection
 from benchmarks.machine import Machine
 from benchmarks.pace import Pace
 from benchmarks.picture import picture
 from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, aims, best, report, table
+
+from modelpool.messages.engine import StartPhase
 
 
 def row(router: str, load: Load = Load.PLAIN, connections: int = 0, **figures: float) -> Row:
@@ -204,3 +207,38 @@ def test_a_second_process_brings_what_the_one_with_most_connections_leaves() -> 
     assert processes.ratio([round_of(50, 1)] * 3, [round_of(50, 0.5)] * 3) == 2
     assert processes.ratio([round_of(50, 1)], [round_of(50, 0.625)]) == 1.6
     assert processes.ratio([round_of(60, 1)], [round_of(80, 0.5)]) == 1.5
+
+
+def starts(**changes: Any) -> cold_start.Results:
+    usual = cold_start.Results(
+        when="2026-01-01 00:00",
+        commit="abc",
+        machine=Machine(cores=2, processor="a processor", python="3.11", others=0.25),
+        server_first=50.0,
+        pool_first=2.0,
+        server=[30.0, 24.0, 40.0],
+        pool=[1.0, 3.0, 2.0],
+        phases={"fork": [0.1, 0.2, 0.3]},
+        awake=[0.1, 0.2, 0.3],
+        asleep={1: [0.3, 0.4, 9.0], 2: [2.0, 2.1, 2.2]},
+        spare_bytes=10**7,
+    )
+    return msgspec.structs.replace(usual, **changes)
+
+
+def verdicts(results: cold_start.Results) -> list[bool]:
+    """Of the rows that have a bound."""
+    rows = [line for line in cold_start.report(results).splitlines() if line.startswith("| ")]
+    kept = [row.split("|")[-2].strip() for row in rows[1:]]
+    return [each == "yes" for each in kept if each in ("yes", "no")]
+
+
+def test_cold_starts_are_held_to_their_bounds_by_medians() -> None:
+    assert verdicts(starts()) == [True, True, False]
+    assert verdicts(starts(server=[23.0])) == [False, True, False]
+    assert verdicts(starts(asleep={1: [0.8], 2: [1.6]})) == [True, False, True]
+
+
+def test_phases_of_several_starts_go_together() -> None:
+    first, second = (StartPhase("fork", 0.1), StartPhase("app", 0.2)), (StartPhase("fork", 0.3),)
+    assert cold_start.by_name([first, second]) == {"fork": [0.1, 0.3], "app": [0.2]}
