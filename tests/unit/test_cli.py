@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -146,6 +147,8 @@ def test_devices_of_one_kind_are_shown_together() -> None:
         for index in range(4)
     ]
     assert devices_text(gpus) == "4 × H200: 400.0 of 560.0 GB free"
+    fallen = structs.replace(gpus[1], lost="GPU is lost", free_bytes=0)
+    assert devices_text([gpus[0], fallen]) == "2 × H200: 100.0 of 280.0 GB free, 1 lost"
     assert devices_text(gpus[3:]) == "cuda3 H200: 100.0 of 140.0 GB free"
 
 

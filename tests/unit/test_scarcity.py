@@ -199,3 +199,17 @@ def test_the_share_that_was_set_aside_outlives_the_manager() -> None:
     plain = model(memory_bytes=None, memory_fraction=0.5)
     pool, _ = play((0, ModelRegistered(plain)), (0, heard(report(memory_bytes=0, held_bytes=0), free=9)))
     assert pool.instances["w", "m"].memory_bytes == 5 * GB
+
+
+def test_two_that_make_room_together_are_not_promised_the_same_memory() -> None:
+    """Each could sleep at level 1, in the 6 GB that the machine has left, but not both."""
+    known = {"a": S.SLEEP_1, "b": S.SLEEP_1}
+    sizes = {"a": 3, "b": 3}
+    pool, _ = play(*((0, ModelRegistered(model(alias, gb))) for alias, gb in sizes.items()))
+    awake = [report(alias, gb=gb) for alias, gb in sizes.items()]
+    asleep = [report(alias, state, gb=3, slept_s=1.0) for alias, state in known.items()]
+    deeper = [report(alias, S.SLEEP_2, gb=3, slept_s=1.0) for alias in known]
+    pool, _ = play((0, heard(*awake, free=4)), (1, heard(*asleep, free=8)), (2, heard(*deeper, free=8)), pool=pool)
+    pool, _ = play((3, heard(*awake, free=4)), (4, ModelRegistered(model("large", 8))), pool=pool)
+    _, effects = play((60, heard(*awake, free=4, host=6)), (60, asked("large")), pool=pool)
+    assert [each.level for each in effects if isinstance(each, Sleep)] == [1, 2]

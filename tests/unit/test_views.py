@@ -193,6 +193,14 @@ def test_what_cannot_start_is_not_on_its_way() -> None:
     assert not on_its_way(without_room())
 
 
+@pytest.mark.parametrize("state", [S.FAILED, S.SLEEP_1])
+def test_what_nothing_can_make_room_for_is_not_on_its_way(state: S) -> None:
+    one = instance(state=state, failures=1, retry_at=101.0) if state is S.FAILED else instance(state=state)
+    view = known(one, shortages={"m": "w: needs 6.0 GB on device 0, 2.0 GB free of 10.0 GB"})
+    assert on_its_way(view)
+    assert not on_its_way(structs.replace(view, pool=structs.replace(view.pool, hopeless=frozenset({"m"}))))
+
+
 def test_what_waits_until_others_give_way_is_on_its_way() -> None:
     waiting = known(shortages={"m": "waits for n to give way on w"})
     assert on_its_way(waiting)

@@ -148,7 +148,7 @@ def state_text(state: InstanceState) -> Text:
 
 
 def devices_text(devices: Sequence[Device]) -> str:
-    """`cpu0 2 CPU cores: 3.0 of 8.0 GB free`; all of one name together: `4 × H200: 500.1 of 560.0 GB free`."""
+    """`cpu0 2 CPU cores: 3.0 of 8.0 GB free`; all of one name together: `4 × H200: 500.1 of 560.0 GB free, 2 lost`."""
     groups: dict[str, list[Device]] = {}
     for device in devices:
         groups.setdefault(device.name, []).append(device)
@@ -158,7 +158,8 @@ def devices_text(devices: Sequence[Device]) -> str:
 def _group_text(name: str, group: Sequence[Device]) -> str:
     free, total = sum(each.free_bytes for each in group) / _GB, sum(each.total_bytes for each in group) / _GB
     what = f"{len(group)} × {name}" if len(group) > 1 else f"{group[0].kind}{group[0].index} {name}"
-    return f"{what}: {free:.1f} of {total:.1f} GB free"
+    lost = [str(each.index) for each in group if each.lost]
+    return f"{what}: {free:.1f} of {total:.1f} GB free" + (f", {', '.join(lost)} lost" if lost else "")
 
 
 def progress_text(progress: Progress) -> str:

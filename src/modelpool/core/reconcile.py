@@ -448,7 +448,7 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Rou
     else:
         round_.give(Sleep(worker_id=key[0], instance=key[1], level=LEVEL[step], reason=reason))
         if state is InstanceState.ACTIVE:
-            state = InstanceState.DRAINING  # no route leads there from round_.now on
+            state = InstanceState.DRAINING  # no route leads there from now on
     return change(
         pool,
         key,
@@ -575,10 +575,12 @@ def _make_room(
     _, worker_id, cheapest = min(plans, key=lambda each: each[:2])
     for eviction in cheapest.evictions:
         key = (worker_id, eviction.instance)
-        if eviction.step is Step.UNLOAD:
+        # Each of several sleeps may have room in the machine's memory, and all together not.
+        step = _within_host(pool, pool.instances[key], eviction.step, round_)
+        if step is Step.UNLOAD:
             pool = _stop(pool, key, eviction.reason, round_)
         else:
-            pool = _order(pool, pool.instances[key], eviction.step, eviction.reason, round_)
+            pool = _order(pool, pool.instances[key], step, eviction.reason, round_)
     recent = tuple(at for at in pool.swaps.get(worker_id, ()) if round_.now - at < _MINUTE_S)
     pool = replace(pool, swaps={**pool.swaps, worker_id: (*recent, *(round_.now for _ in cheapest.evictions))})
     names = ", ".join(each.instance for each in cheapest.evictions)

@@ -113,14 +113,18 @@ def _on_its_way(known: Known, alias: str, instances: list[Instance]) -> bool:
     workers = known.pool.workers.values()
     alive = {worker.worker_id for worker in workers if worker.alive}
     if here := [each for each in instances if each.worker_id in alive]:
-        return any(each.stopping or _is_coming(each, known.now) for each in here)
+        hopeless = alias in known.pool.hopeless
+        return any(each.stopping or _is_coming(each, known.now, hopeless=hopeless) for each in here)
     if any(worker.back_until is not None for worker in workers):
         return True
     return bool(alive) and alias not in known.pool.hopeless
 
 
-def _is_coming(instance: Instance, now: float) -> bool:
+def _is_coming(instance: Instance, now: float, *, hopeless: bool) -> bool:
+    """`hopeless`: nothing makes room for what is not up."""
     if instance.failures and instance.permanent:
+        return False
+    if hopeless and instance.state in (InstanceState.FAILED, *_ASLEEP):
         return False
     if instance.retry_at is not None:
         return instance.failures == 1 and instance.retry_at - now < RETRIED_AT_ONCE_S
