@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,12 +14,14 @@ import httpx
 import msgspec
 import pytest
 
+from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Policy
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import Manager, running_manager
 from modelpool.manager.store import Deposed, Store, StoreError, open_store
+from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
-from modelpool.messages.workers import RegisterWorker, WorkerInfo
+from modelpool.messages.workers import Address, InstanceReport, RegisterWorker, WorkerInfo
 from tests.postgres import Postgres, running_postgres
 from tests.stores import ME, held
 
@@ -46,10 +49,10 @@ class World:
 
 
 @asynccontextmanager
-async def running_world(url: str, lease_s: float = 10.0) -> AsyncIterator[World]:
+async def running_world(url: str, lease_s: float = 10.0, recovery_s: float = 0.01) -> AsyncIterator[World]:
     async with open_store(url, answer_s=min(5.0, lease_s / 3)) as store:
         async with running_manager(
-            store, policy=Policy(), token="t", run_id="r", recovery_s=0.01, holder=ME, lease_s=lease_s
+            store, policy=Policy(), token="t", run_id="r", recovery_s=recovery_s, holder=ME, lease_s=lease_s
         ) as manager:
             transport = httpx.ASGITransport(app=control_app(manager))
             async with httpx.AsyncClient(transport=transport, base_url="http://manager") as http:
@@ -212,5 +215,48 @@ def test_workers_and_gateways_of_another_cluster_are_left_alone(store_url: str) 
             answer = await world.http.get("/snapshots", params={"epoch": "other.3"})
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_cluster")
             assert (await world.http.get("/admin/workers")).json() == {"workers": []}
+
+    asyncio.run(story())
+
+
+def told(url: str, *instances: InstanceReport, incarnation: str = "1") -> RegisterWorker:
+    info = WorkerInfo(worker_id="w", incarnation=incarnation, url=url)
+    return RegisterWorker(info=info, devices=(), engines={}, instances=instances)
+
+
+async def active(world: World, alias: str) -> list[tuple[str, str]]:
+    view = (await world.http.get(f"/admin/models/{alias}")).json()
+    return [(each["worker_id"], each["state"]) for each in view["instances"]]
+
+
+def test_a_new_manager_takes_a_silent_worker_to_run_what_it_ran_and_a_dead_one_nothing(store_url: str) -> None:
+    async def before(url: str) -> None:
+        async with running_world(store_url) as world:
+            await world.register("m")
+            runs = InstanceReport(
+                instance="m",
+                model=ModelSpec(alias="m", fake=True),
+                state=InstanceState.ACTIVE,
+                address=Address("127.0.0.1", 9),
+                changed_at=1.0,
+            )
+            await world.http.post("/workers/register", content=msgspec.json.encode(told(url, runs)))
+            assert await active(world, "m") == [("w", "ACTIVE")]
+
+    async def story() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            await before(url)
+            async with running_world(store_url, recovery_s=2.0) as world:
+                await world.until(_is(lambda: not world.manager._pool.recovering))
+                assert await active(world, "m") == [("w", "ACTIVE")]
+                async with asyncio.timeout(PATIENCE_S):
+                    async for update in world.manager.snapshots():
+                        if isinstance(update, Snapshot):
+                            assert [each.instance for each in update.models["m"].routes] == ["m"]
+                            break
+        async with running_world(store_url, recovery_s=1.0) as world:
+            await world.until(_is(lambda: not world.manager._pool.recovering))
+            assert await active(world, "m") == []
 
     asyncio.run(story())

@@ -56,6 +56,8 @@ _SUBSCRIBER_BACKLOG = 256
 _TELL_S = 0.5
 _WATCH_RETRY_S = 1.0
 _FIRST_START_ONLY = ("fetch", "import")
+_ASKED_FOR = 0.8
+"""Of the time that workers known from before are waited for: then one that is silent is taken to be as it was."""
 _NO_LEASE_S = 0.5
 """How often it is looked whether there is a lease again."""
 _NAME_HELD_S = 15.0
@@ -118,6 +120,9 @@ class Manager:
         self._specs: dict[str, ModelSpec] = {}
         self._facts: dict[str, views.WorkerFacts] = {}
         self._awaited: dict[str, str] = {}
+        self._last_known: dict[str, WorkerDescription] = {}
+        self._kept: dict[str, object] = {}
+        self._ask_until = 0.0
         self._changed = asyncio.Event()
         self._acted = asyncio.Event()
         self._recovered = asyncio.Event()
@@ -141,7 +146,8 @@ class Manager:
         await self.lease.renew()
         await self._keys.recall()
         now = _now()
-        self._awaited = await self._store.workers()
+        self._awaited, self._last_known = await self._store.workers(), await self._store.last_known()
+        self._ask_until = now + _ASKED_FOR * recovery_s
         self._pool = core.Pool(policy=policy, awaited=frozenset(self._awaited), recover_until=now + recovery_s)
         experience = await self._recollection.recall()
         for stored in await self._store.models():
@@ -165,7 +171,7 @@ class Manager:
     async def act(self) -> None:
         """Reconcile and publish whenever something changed or time is due, until cancelled."""
         for worker_id, url in self._awaited.items():
-            self._own(self._ask(worker_id, url))
+            self._own(self._ask(worker_id, url, self._last_known.get(worker_id)))
         while True:
             self._act_now()
             due = next_deadline(self._pool) if self.lease.valid else _now() + _NO_LEASE_S
@@ -199,6 +205,33 @@ class Manager:
     async def save(self) -> None:
         async with self._writing:
             await self._recollection.save(self._pool)
+            await self._keep_last_known()
+
+    async def _keep_last_known(self) -> None:
+        """What workers run, for a manager that comes while they are silent. Tried again with the next."""
+        now = {
+            worker_id: (facts.info, {name: report.changed_at for name, report in facts.reports.items()})
+            for worker_id, facts in self._facts.items()
+        }
+        new = [self._facts[worker_id] for worker_id, said in now.items() if self._kept.get(worker_id) != said]
+        if not new:
+            return
+        descriptions = [
+            WorkerDescription(
+                info=facts.info,
+                devices=facts.devices,
+                engines=dict(facts.engines),
+                instances=tuple(facts.reports.values()),
+                host=facts.host,
+            )
+            for facts in new
+        ]
+        try:
+            await self._store.keep_last_known(descriptions)
+        except StoreError as error:
+            log.warning("what %d workers run is not kept yet: %s", len(new), error)
+        else:
+            self._kept = {**now}
 
     def _apply(self, event: core.Event) -> None:
         self._pool = core.apply(self._pool, event, _now())
@@ -492,14 +525,21 @@ class Manager:
         self._watch(info, anew=True)
         return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
-    async def _ask(self, worker_id: str, url: str) -> None:
-        """What a worker that is known from before runs now, rather than wait until it speaks."""
+    async def _ask(self, worker_id: str, url: str, last_known: WorkerDescription | None) -> None:
+        """What a worker that is known from before runs now. While it is silent it runs what it ran, as for a manager
+        that was there all the time; where nothing listens any more, nothing.
+        """
+        found = last_known
         try:
-            found = await self._client.describe(url)
+            async with asyncio.timeout(max(0.0, self._ask_until - _now())):
+                found = await self._client.describe(url)
+        except TimeoutError:
+            log.info("worker %s is silent at %s", worker_id, url)
         except WorkerUnreachable as error:
             log.info("worker %s does not answer at %s: %s", worker_id, url, error)
-            return
-        if found.info.worker_id == worker_id and worker_id not in self._facts:
+            if error.refused:
+                return
+        if found is not None and found.info.worker_id == worker_id and worker_id not in self._facts:
             log.info("worker %s runs on at %s with %d instances", worker_id, url, len(found.instances))
             self._heard(found.info, found)
             self._watch(found.info)

@@ -29,6 +29,7 @@ from modelpool.manager.migrations import HEAD, UnknownSchema, migrate
 from modelpool.messages.dump import StoredKey, StoredModel
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
+from modelpool.messages.workers import WorkerDescription
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,15 @@ def _stored_key(row: sa.Row[Any]) -> StoredKey | None:
         log.error("the stored key %s is left out: %s", row.id, error)
         return None
     return StoredKey(id=row.id, digest=row.digest, spec=spec, created=row.created, revoked=row.revoked)
+
+
+def _description(row: sa.Row[Any]) -> WorkerDescription | None:
+    """A row as what a worker said. What cannot be read is asked for anew."""
+    try:
+        return msgspec.convert(row.description, WorkerDescription)
+    except msgspec.ValidationError as error:
+        log.warning("what worker %s said last is left out: %s", row.worker_id, error)
+        return None
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -244,7 +254,21 @@ class Store:
         )
 
     async def forget_worker(self, worker_id: str) -> None:
-        await self._write(sa.delete(tables.workers).where(tables.workers.c.worker_id == worker_id))
+        await self._write(
+            sa.delete(tables.workers).where(tables.workers.c.worker_id == worker_id),
+            sa.delete(tables.last_known).where(tables.last_known.c.worker_id == worker_id),
+        )
+
+    async def last_known(self) -> dict[str, WorkerDescription]:
+        """What each worker said last, and what it ran."""
+        rows = await self._read(sa.select(tables.last_known))
+        return {each.info.worker_id: each for each in map(_description, rows) if each is not None}
+
+    async def keep_last_known(self, new: Sequence[WorkerDescription]) -> None:
+        """In the place of what these workers said before."""
+        stale = sa.delete(tables.last_known).where(tables.last_known.c.worker_id == sa.bindparam("of"))
+        rows = [{"worker_id": each.info.worker_id, "description": _raw(each)} for each in new]
+        await self._write((stale, [{"of": each["worker_id"]} for each in rows]), (sa.insert(tables.last_known), rows))
 
     # ------------------------------------------------------------ transactions
 
@@ -314,8 +338,8 @@ def _key_row(key: StoredKey) -> dict[str, Any]:
     return {**values, "created": key.created, "revoked": key.revoked}
 
 
-def _raw(spec: ModelSpec | KeySpec) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(msgspec.json.encode(spec)))
+def _raw(struct: msgspec.Struct) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(msgspec.json.encode(struct)))
 
 
 @asynccontextmanager

@@ -51,3 +51,10 @@ workers = sa.Table(
     sa.Column("worker_id", sa.String, primary_key=True),
     sa.Column("url", sa.String, nullable=False),
 )
+
+last_known = sa.Table(
+    "last_known",
+    metadata,
+    sa.Column("worker_id", sa.String, primary_key=True),
+    sa.Column("description", sa.JSON, nullable=False),
+)
