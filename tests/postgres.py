@@ -22,6 +22,7 @@ import psutil
 
 _PATIENCE_S = 60.0
 _NOBODY = 65534
+_ROOM_BYTES = 1 << 30
 _FAST = ("fsync=off", "full_page_writes=off")
 _SMALL = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "shared_buffers=16MB", "max_connections=40")
 
@@ -29,8 +30,9 @@ _SMALL = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "shared_buff
 class Postgres:
     """A server on a port of loopback that stays the same; what is in it stays while it is stopped."""
 
-    def __init__(self, folder: Path, programs: Path, *, durable: bool) -> None:
+    def __init__(self, folder: Path, data: Path, programs: Path, *, durable: bool) -> None:
         self._folder = folder
+        self._data = data
         self._programs = programs
         self._settings = _SMALL if durable else _SMALL + _FAST
         self._port = _free_port()
@@ -38,7 +40,7 @@ class Postgres:
 
     def start(self) -> None:
         options = [part for setting in self._settings for part in ("-c", setting)]
-        self._process = self._run("postgres", "-D", "data", "-p", str(self._port), *options)
+        self._process = self._run("postgres", "-D", str(self._data), "-p", str(self._port), *options)
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
@@ -50,7 +52,9 @@ class Postgres:
                 time.sleep(0.02)
 
     def make(self) -> None:
-        made = self._run("initdb", "-D", "data", "-U", "modelpool", "-A", "trust", "-E", "UTF8", "-N", "--locale=C")
+        made = self._run(
+            "initdb", "-D", str(self._data), "-U", "modelpool", "-A", "trust", "-E", "UTF8", "-N", "--locale=C"
+        )
         assert made.wait(_PATIENCE_S) == 0, self.log
 
     def stop(self) -> None:
@@ -124,22 +128,37 @@ class Postgres:
 @contextmanager
 def running_postgres(*, durable: bool = False) -> Iterator[Postgres]:
     """A new server. One that is not `durable` is quick, and keeps what it was told unless the machine dies."""
-    folder = Path(tempfile.mkdtemp(prefix="modelpool-postgres-"))
-    try:
+    with _own_folder() as folder, _own_folder(None if durable else _in_memory()) as data:
         programs = _programs()
         if os.getuid() == 0:
             # Whoever runs it may not be allowed to look into the folder of this interpreter.
             programs = _copied(programs, folder / "wheel")
-            os.chown(folder, _NOBODY, _NOBODY)
-        server = Postgres(folder, programs, durable=durable)
+        server = Postgres(folder, data, programs, durable=durable)
         try:
             server.make()
             server.start()
             yield server
         finally:
             server.end()
+
+
+@contextmanager
+def _own_folder(where: Path | None = None) -> Iterator[Path]:
+    """A new folder, of whoever runs the server."""
+    folder = Path(tempfile.mkdtemp(prefix="modelpool-postgres-", dir=where))
+    try:
+        if os.getuid() == 0:
+            os.chown(folder, _NOBODY, _NOBODY)
+        yield folder
     finally:
         shutil.rmtree(folder)
+
+
+def _in_memory() -> Path | None:
+    """Where files need no disk, if there is room."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM_BYTES
+    return memory if roomy else None
 
 
 def _programs() -> Path:
