@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import ray
 
@@ -26,7 +29,7 @@ from tests.e2e.pool import PoolProcess, end, eventually, processes_of
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 BIN = Path(sys.executable).parent
 _SMALL = "--num-cpus=1 --object-store-memory=80000000 --min-worker-port=0 --max-worker-port=0"
-_HEAD = f"{_SMALL} --port=0 --dashboard-port=0 --dashboard-agent-listen-port=0"
+_HEAD = f"{_SMALL} --port=0 --dashboard-agent-listen-port=0"
 
 
 class RayPool(PoolProcess):
@@ -115,7 +118,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     ours = ("MODELPOOL_", "SERVE_", "RAY_", "WORKER_", "MANAGER_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {
@@ -130,7 +133,6 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         "WORKER_ID": "w1",
         "WORKER_PORT": "0",
         "SPT_NOENV": "1",
-        **more,
     }
 
 
@@ -157,10 +159,19 @@ def ray_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def deployed_pool(**environ: str) -> Iterator[RayPool]:
-    """`modelpool deploy` and a worker until the block ends; then `undeploy`, after which not one process is left."""
+def deployed_pool(*, dashboard: bool = False) -> Iterator[RayPool]:
+    """`modelpool deploy` and a worker until the block ends; then `undeploy`, after which not one process is left.
+
+    The dashboard is what `serve status` asks, and most of the work of Ray's start.
+    """
     with ray_folder() as folder:
-        given = environment(folder, **environ)
+        given = environment(folder)
+        more = (
+            " --dashboard-port=0"
+            if dashboard
+            else " --include-dashboard=false --include-log-monitor=false --no-monitor"
+        )
+        given["MODELPOOL_RAY_ARGS"] += more
         try:
             done = modelpool("deploy", "--json", environ=given)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -199,3 +210,35 @@ def started_worker(folder: Path, environ: dict[str, str], url: str) -> Iterator[
     finally:
         if process.poll() is None:
             end(process, signal.SIGTERM)
+
+
+class Load:
+    """Requests, streams and plain ones in turn, until it is left; what came of them."""
+
+    def __init__(self, url: str, alias: str, key: str) -> None:
+        self.statuses: Counter[int | str] = Counter()
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60)
+        self._alias = alias
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._http.close()
+
+    def _ask(self) -> None:
+        stream = False
+        while not self._ending.wait(0.02):
+            stream = not stream
+            body = {"model": self._alias, "prompt": "x", "stream": stream}
+            try:
+                answer = self._http.post("/v1/completions", json=body)
+                broken = stream and answer.status_code == 200 and "[DONE]" not in answer.text
+                self.statuses["broken stream" if broken else answer.status_code] += 1
+            except httpx.HTTPError as error:
+                self.statuses[type(error).__name__] += 1

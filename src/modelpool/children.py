@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from modelpool.process import DETACHED, READY_FD, RUN_ID, Announcement, NotStarted, Ready, StartupError
-from modelpool.process_group import ProcessGroup, reap
+from modelpool.process_group import ProcessGroup
 from modelpool.process_table import with_variable
 from modelpool.settings import Settings, to_environ
 from modelpool.tcp import LISTEN_FD
@@ -83,6 +83,17 @@ class Child:
                 return True
         return False
 
+    async def replace(self) -> str:
+        """Start another in the place of the one that runs, and end that: somebody serves all the while. StartupError.
+
+        Both have a socket of their own at the same address.
+        """
+        old = self._group
+        url = await self.start()
+        if old is not None:
+            await _ended_in_time(old)
+        return url
+
     async def start(self) -> str:
         """Start and wait until it serves; the URL where. Raises StartupError with its own reason and hint."""
         announcement = await self._started()
@@ -93,7 +104,7 @@ class Child:
             if self._port_variable:  # a port that was any free one stays the same through restarts
                 self._environ[self._port_variable] = self.url.rsplit(":", 1)[1]
             return self.url
-        await self.end()
+        await self._end_failed()
         reason = announcement.reason if announcement else f"it ended before it was ready; see {self.log_path}"
         raise StartupError(f"the {self.part} cannot start: {reason}", announcement.hint if announcement else "")
 
@@ -155,17 +166,34 @@ class Child:
 
     async def end(self) -> None:
         """SIGTERM; SIGKILL to its session when it has not ended in time."""
-        if self._group is None:
-            if self._tag:  # one that never said that it is ready
-                await asyncio.to_thread(reap, DETACHED, self._tag)
+        group, self._group = self._group, None
+        if group is None:
             return
-        self._group.terminate()
-        try:
-            async with asyncio.timeout(END_DEADLINE_S):
-                await self._ended()
-        except TimeoutError:
-            self._group.kill()
-            await self._ended()
+        await _ended_in_time(group)
+        if self._own is not None:
+            self._own.wait()
+
+    async def _end_failed(self) -> None:
+        """End what was started and did not say that it is ready; not the one in whose place it was to come."""
+        if not self._tag:
+            await self.end()
+            return
+        for pid in with_variable(DETACHED, self._tag):
+            if pid != self.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+async def _ended_in_time(group: ProcessGroup) -> None:
+    """SIGTERM; SIGKILL to its session when it has not ended in time."""
+    group.terminate()
+    try:
+        async with asyncio.timeout(END_DEADLINE_S):
+            await group.leader_ended()
+    except TimeoutError:
+        group.kill()
+        await group.leader_ended()
+    group.close()
 
 
 async def _announcement(reader: int) -> Announcement | None:

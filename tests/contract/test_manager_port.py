@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelpool.cluster.actor import STREAMS, ManagerActor
 from modelpool.cluster.remote import RayManager
@@ -41,7 +42,8 @@ async def on_ray(folder: Path) -> AsyncIterator[ManagerPort]:
     settings = Settings(home=str(folder), token="t", run_id="r", manager=ManagerSettings(recovery_s=0.01))
     name = f"manager-{secrets.token_hex(4)}"
     kind = ray.remote(concurrency_groups={STREAMS: 10})(ManagerActor)
-    actor = kind.options(name=name, namespace="tests", num_cpus=0, max_concurrency=10).remote(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = kind.options(name=name, namespace="tests", num_cpus=0, max_concurrency=10, scheduling_strategy=here).remote(
         msgspec.json.encode(Deployment(settings, "the-admin-key"))
     )
     while (await actor.health.remote())["status"] != "ok":

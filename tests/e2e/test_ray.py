@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import threading
 import time
-from collections import Counter
 
 import httpx
 import psutil
 import pytest
 import ray
+from ray import serve
 
 from tests.e2e.pool import eventually
-from tests.ray_pool import BIN, RayPool, ray_processes
+from tests.ray_pool import Load, RayPool, ray_processes
 
 
 @pytest.fixture
@@ -31,15 +29,9 @@ def test_a_chat_by_the_openai_sdk(ray_pool: RayPool, alias: str) -> None:
 
 def test_ray_serve_shows_a_healthy_application(ray_pool: RayPool) -> None:
     ray_pool.connect()
-    done = subprocess.run(
-        [str(BIN / "serve"), "status", "-a", ray_pool.dashboard],
-        env=ray_pool.environ,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "status: RUNNING" in done.stdout
-    assert "status: HEALTHY" in done.stdout
+    application = serve.status().applications["modelpool"]
+    assert application.status == "RUNNING"
+    assert application.deployments["gateway"].status == "HEALTHY"
 
 
 def test_a_users_program_talks_to_the_manager_actor(ray_pool: RayPool, alias: str) -> None:
@@ -54,33 +46,6 @@ def test_a_users_program_talks_to_the_manager_actor(ray_pool: RayPool, alias: st
     with pytest.raises(Exception, match="faek"):
         ray.get(manager.register_model.remote({"alias": "x", "faek": True}))
     ray_pool.remove("by-handle")
-
-
-class Load:
-    """Requests, one after the other, until it is left; what came of them."""
-
-    def __init__(self, url: str, alias: str, key: str) -> None:
-        self.statuses: Counter[int | str] = Counter()
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60)
-        self._body = {"model": alias, "prompt": "x", "stream": True}
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
-        self._http.close()
-
-    def _ask(self) -> None:
-        while not self._ending.wait(0.02):
-            try:
-                self.statuses[self._http.post("/v1/completions", json=self._body).status_code] += 1
-            except httpx.HTTPError as error:
-                self.statuses[type(error).__name__] += 1
 
 
 def test_the_manager_actor_dies_and_requests_and_registrations_stay(ray_pool: RayPool, alias: str) -> None:

@@ -16,14 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from modelpool.cluster import APPLICATION, MANAGER, NAMESPACE
 from modelpool.cluster.actor import STREAMS, ManagerActor
 from modelpool.cluster.gateway import Gateway
-from modelpool.cluster.head import end_head, runs_here, start_head
+from modelpool.cluster.gateways import end_left_behind
+from modelpool.cluster.head import address_of_head, end_head, remember_head, runs_here, start_head
 from modelpool.cluster.nodes import live_nodes
 from modelpool.gateway.auth import check_exposure
 from modelpool.home import Home
 from modelpool.messages.cluster import Deployment
-from modelpool.pool_address import local_address
-from modelpool.process import DETACHED, StartupError
-from modelpool.process_group import reap
+from modelpool.pool_address import address_file, local_address
+from modelpool.process import StartupError
 from modelpool.settings import Settings
 
 _MANAGER_S = 90.0
@@ -37,11 +37,16 @@ def deploy(settings: Settings) -> str:
     """
     check_exposure(settings.gateway)
     home = Home(settings.home_path)
-    settings = msgspec.structs.replace(settings, home=str(home.path), token=settings.token or home.cluster_token())
-    deployment = msgspec.json.encode(Deployment(settings, home.admin_key()))
     with _connected(settings, home, start=True):
+        # What Ray was started with is no part of what is deployed.
+        settings = msgspec.structs.replace(
+            settings,
+            home=str(home.path),
+            token=settings.token or home.cluster_token(),
+            cluster=msgspec.structs.replace(settings.cluster, ray_args=""),
+        )
         _check_store(settings)
-        _create_manager(settings, deployment)
+        deployment = _create_manager(Deployment(settings, home.admin_key()))
         _await_manager()
         serve.start(proxy_location="Disabled")
         try:
@@ -65,40 +70,64 @@ def undeploy(settings: Settings) -> None:
     Raises StartupError where the cluster that RAY_ADDRESS names cannot be reached.
     """
     home = Home(settings.home_path)
-    if settings.cluster.ray_address or runs_here(home):
-        with _connected(settings, home, start=False):
-            serve.delete(APPLICATION)
-            if not serve.status().applications:
-                serve.shutdown()
-            with suppress(ValueError):
-                ray.kill(ray.get_actor(MANAGER, NAMESPACE))
-        end_head(home)
-    for number in range(1, settings.gateway.processes + 1):
-        reap(DETACHED, f"{home.path}:gateway-{number}")
+    try:
+        if settings.cluster.ray_address or runs_here(home):
+            with _connected(settings, home, start=False):
+                serve.delete(APPLICATION)
+                if not serve.status().applications:
+                    serve.shutdown()
+                with suppress(ValueError):
+                    ray.kill(ray.get_actor(MANAGER, NAMESPACE))
+    except StartupError:
+        if settings.cluster.ray_address:
+            raise  # where it is our own Ray that is broken, that ends here all the same
+    end_head(home)
+    end_left_behind(home)
+    home.drop_shared_memory()
+    address_file(settings).unlink(missing_ok=True)
 
 
 @contextmanager
 def _connected(settings: Settings, home: Home, *, start: bool) -> Iterator[None]:
-    """As a driver of the cluster that RAY_ADDRESS names, or of the one of this machine, which is started if it must."""
-    address = settings.cluster.ray_address
-    if not address and start and not runs_here(home):
-        start_head(home, settings.cluster.ray_args)
-    working_dir = settings.cluster.working_dir
+    """As a driver of the cluster that RAY_ADDRESS names, or of the one of this home, which is started if it must."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if address := settings.cluster.ray_address:
+        _join(address, settings)
+    else:
+        _join_own(settings, home, start=start)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join_own(settings: Settings, home: Home, *, start: bool) -> None:
+    """The Ray that was started for this home. One that lost its head is ended, and started anew."""
+    if runs_here(home):
+        try:
+            _join(address_of_head(home), settings)
+            return
+        except StartupError:
+            if not start:
+                raise
+            end_head(home)
+    start_head(home, settings.cluster.ray_args)
+    _join("auto", settings)
+    remember_head(home, ray.get_runtime_context().gcs_address)
+
+
+def _join(address: str, settings: Settings) -> None:
+    working_dir = settings.cluster.working_dir
     try:
         ray.init(
-            address=address or "auto",
+            address=address,
             namespace=NAMESPACE,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"working_dir": working_dir} if working_dir else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StartupError(f"Ray cannot be reached: {error}", "RAY_ADDRESS names the cluster.") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        raise StartupError(f"Ray cannot be reached at {address}: {error}", "RAY_ADDRESS names the cluster.") from error
 
 
 def _check_store(settings: Settings) -> None:
@@ -116,18 +145,25 @@ def _store_is_a_file(settings: Settings) -> bool:
     return not settings.manager.store_url.startswith(("postgres://", "postgresql://"))
 
 
-def _create_manager(settings: Settings, deployment: bytes) -> None:
-    """The actor, unless there is one with this deployment already. Where its store is a file, it stays on this node."""
+def _create_manager(wanted: Deployment) -> bytes:
+    """The actor, unless there is one with this deployment already. Where its store is a file, it stays on this node.
+
+    What was deployed in the end: a pool that runs keeps its run id.
+    """
     with suppress(ValueError):
         actor = ray.get_actor(MANAGER, NAMESPACE)
         deployed: bytes = ray.get(actor.deployed.remote())
-        if deployed == deployment:
-            return
+        run_id = msgspec.json.decode(deployed, type=Deployment).settings.run_id
+        wanted = msgspec.structs.replace(wanted, settings=msgspec.structs.replace(wanted.settings, run_id=run_id))
+        if deployed == msgspec.json.encode(wanted):
+            return deployed
         ray.kill(actor)
         _await_gone()
-    concurrency = settings.cluster.manager_concurrency
+    deployment = msgspec.json.encode(wanted)
+    settings = wanted.settings
     pinned = settings.cluster.pin_manager or _store_is_a_file(settings)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    concurrency = settings.cluster.manager_concurrency
     kind = ray.remote(concurrency_groups={STREAMS: concurrency})(ManagerActor)
     kind.options(
         name=MANAGER,
@@ -138,6 +174,7 @@ def _create_manager(settings: Settings, deployment: bytes) -> None:
         max_concurrency=concurrency,
         scheduling_strategy=here if pinned else None,
     ).remote(deployment)
+    return deployment
 
 
 def _await_gone() -> None:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import socket
+from itertools import count
 from urllib.parse import urlsplit
 
+import msgspec
+
+from modelpool import __version__
 from modelpool.children import Child, child_environ
 from modelpool.cluster.head import TAG
 from modelpool.home import Home
+from modelpool.process import DETACHED
+from modelpool.process_group import reap
+from modelpool.process_table import with_variable
 from modelpool.settings import Settings
 from modelpool.tcp import BACKLOG, bind_tcp
 
 log = logging.getLogger(__name__)
+
+_VERSION = "MODELPOOL_GATEWAY_VERSION"
 
 
 class NodeGateways:
@@ -31,6 +41,7 @@ class NodeGateways:
         self._left_at = url
         environ = child_environ(settings, f"unix:{home.control_socket}")
         environ.pop(TAG, None)  # no part of Ray: they go on without it
+        self._version = environ[_VERSION] = _version_of(settings)
         self._children = [
             Child(
                 "gateway",
@@ -38,7 +49,7 @@ class NodeGateways:
                 home.gateway_log(number),
                 log.warning,
                 listen=lambda number=number: self._socket(number),  # type: ignore[misc]
-                tag=f"{home.path}:gateway-{number}",
+                tag=_tag(home, number),
             )
             for number in range(1, settings.gateway.processes + 1)
         ]
@@ -48,13 +59,17 @@ class NodeGateways:
         return self._children[0].url
 
     async def start(self) -> None:
-        """Adopt those that run, start the others. Raises StartupError."""
+        """Adopt those that run, start the others. Those of another deployment give way to new ones. StartupError."""
+        current = with_variable(_VERSION, self._version)
         for child in self._children:
-            if child.adopt(self._left_at):
-                log.info("adopted the gateway process %s", child.pid)
-            else:
+            if not child.adopt(self._left_at):
                 await child.start()
                 log.info("started the gateway process %s at %s", child.pid, child.url)
+            elif child.pid not in current:
+                await child.replace()
+                log.info("replaced a gateway process by %s at %s", child.pid, child.url)
+            else:
+                log.info("adopted the gateway process %s", child.pid)
 
     async def keep(self) -> None:
         """Until cancelled."""
@@ -64,6 +79,7 @@ class NodeGateways:
 
     async def end(self) -> None:
         await asyncio.gather(*(child.end() for child in self._children))
+        await asyncio.to_thread(end_left_behind, self._home)
         self._home.drop_shared_memory()
 
     def close(self) -> None:
@@ -79,3 +95,19 @@ class NodeGateways:
             self._port = sock.getsockname()[1]
             self._sockets[number] = sock
         return self._sockets[number].dup()
+
+
+def end_left_behind(home: Home) -> None:
+    """Kill the gateway processes of a home that nobody looks after any more."""
+    for number in count(1):
+        if not reap(DETACHED, _tag(home, number)):
+            return
+
+
+def _tag(home: Home, number: int) -> str:
+    return f"{home.path}:gateway-{number}"
+
+
+def _version_of(settings: Settings) -> str:
+    """The same for gateway processes that need not be replaced by one another."""
+    return hashlib.sha256(__version__.encode() + msgspec.json.encode(settings)).hexdigest()[:16]

@@ -35,8 +35,10 @@ def start_head(home: Home, arguments: str) -> None:
     except FileNotFoundError as error:
         raise StartupError("Ray is not installed in this Python.", "`pip install 'modelpool[ray]'`") from error
     except subprocess.TimeoutExpired as error:
+        end_head(home)
         raise StartupError(f"`ray start --head` did not end within {_DEADLINE_S:.0f} s.") from error
     if done.returncode:
+        end_head(home)
         raise StartupError(
             f"Ray cannot be started: {_reason(done.stderr or done.stdout)}",
             "Name a running cluster with RAY_ADDRESS, or pass other arguments to `ray start` with MODELPOOL_RAY_ARGS.",
@@ -48,9 +50,26 @@ def runs_here(home: Home) -> bool:
     return bool(with_variable(TAG, str(home.path)))
 
 
+def remember_head(home: Home, address: str) -> None:
+    _address_file(home).write_text(address)
+
+
+def address_of_head(home: Home) -> str:
+    """Where it is; "auto" if that is not known."""
+    try:
+        return _address_file(home).read_text()
+    except OSError:
+        return "auto"
+
+
 def end_head(home: Home) -> None:
     """SIGKILL to all of it. What must end in order has ended before."""
     reap(TAG, str(home.path))
+    _address_file(home).unlink(missing_ok=True)
+
+
+def _address_file(home: Home) -> Path:
+    return home.run / "ray-address"
 
 
 def _environ(home: Home, environ: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
@@ -10,7 +11,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from modelpool.control_http import answer, body_schema, render_errors
-from modelpool.errors import BodyTooLarge
+from modelpool.errors import BodyTooLarge, ManagerAway
 from modelpool.manager.openapi import change_schema, document
 from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import Registered
@@ -136,12 +137,15 @@ def _add_key_routes(app: FastAPI, manager: ManagerPort) -> None:
 
 
 async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same chunks. An error before the first one comes out here, while there is still a status to give it."""
+    """The same chunks. An error before the first one comes out here, while there is still a status to give it; after
+    it, a manager that has gone is the end.
+    """
     first = await anext(chunks, b"")
 
     async def chain() -> AsyncIterator[bytes]:
         yield first
-        async for chunk in chunks:
-            yield chunk
+        with suppress(ManagerAway):
+            async for chunk in chunks:
+                yield chunk
 
     return chain()
