@@ -1,7 +1,8 @@
 """The whole controller on machines that really run out of memory, of devices and of their own, in any order of events.
 
-Two workers of two accelerators each. Models want one or both, some are pinned, some sleep, some only lightly. Others
-take memory of the devices, devices are lost, and reports, orders and their effects are late.
+Two workers of two accelerators each. Models want one or both, some are pinned, some preloaded, some sleep, some only
+lightly; their settings change. Others take memory of the devices, devices are lost, and reports, orders and their
+effects are late.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from modelpool.core.demand import Seen
 from modelpool.core.lifecycle import InstanceState
@@ -20,6 +22,7 @@ from modelpool.core.pool import (
     Event,
     Key,
     Model,
+    ModelChanged,
     ModelRegistered,
     OrderAnswered,
     OrderRefused,
@@ -55,6 +58,7 @@ class Size:
     each: int
     devices: int = 1
     pinned: bool = False
+    preload: bool = False
     levels: tuple[int, ...] = (1, 2)
 
     @property
@@ -116,6 +120,7 @@ class World:
                         devices=size.devices,
                         memory_bytes=size.full,
                         pinned=size.pinned,
+                        preload=size.preload,
                     )
                 )
             )
@@ -303,6 +308,11 @@ class World:
         self.others[worker, device] = self.others[worker, device] + min(free, gb * GB) if gb else 0
         self.surprises[worker] += 1
 
+    def change(self, alias: str, number: int) -> None:
+        """Its settings, while it runs."""
+        before = self.pool.models[alias]
+        self.happens(ModelChanged(replace(before, preload=not before.preload, max_replicas=1 + number % 3)))
+
     def lose(self, worker: str, device: int) -> None:
         self.lost.add((worker, device))
         for (where, _), host in self.hosts.items():
@@ -315,11 +325,14 @@ sizes = st.builds(
     st.integers(1, 10),
     devices=st.sampled_from([1, 1, 2]),
     pinned=st.sampled_from([False, False, False, True]),
+    preload=st.sampled_from([False, False, True]),
     levels=st.sampled_from([(), (1,), (1, 2), (1, 2)]),
 )
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "obey", "obey", "finish", "report", "report", "wait", "answer", "take", "lose"]),
+        st.sampled_from(
+            ["ask", "ask", "obey", "obey", "finish", "report", "report", "wait", "answer", "take", "lose", "change"]
+        ),
         st.sampled_from(WORKERS),
         st.integers(0, 1),
         st.integers(0, 5),
@@ -346,6 +359,8 @@ def played(world: World, script: list[tuple[str, str, int, int]]) -> None:
             world.ask()
         elif action == "take":
             world.take(worker, device, number)
+        elif action == "change":
+            world.change(aliases[number % len(aliases)], number)
         elif action == "lose" and worker == "w":
             world.lose(worker, device)
         elif action == "wait":
