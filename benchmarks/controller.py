@@ -34,7 +34,7 @@ DEVICES = 8
 DEVICE = 80 * GB
 SIZE = 50 * GB
 SIZES = 10
-STEPS = 20
+STEPS = 10
 POLICY = Policy(heartbeat_timeout_s=1e9)
 
 

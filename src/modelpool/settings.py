@@ -333,6 +333,8 @@ def _replace(settings: Settings, path: str, value: Any, *, source: str) -> Setti
     *parents, leaf = path.split(".")
     target = raw
     for part in parents:
+        if not isinstance(target.get(part), dict):
+            raise SettingsError(f"{source}: there is no setting {path}")
         target = target[part]
     target[leaf] = value
     try:

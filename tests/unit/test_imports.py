@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"core", "messages", "relay"},
     "engines": {"core", "messages", "relay"},
     "cluster": {"core", "messages", "relay", "manager", "gateway", "worker"},
-    "cli": {"core", "messages", "relay", "manager", "gateway", "worker", "cluster"},
+    "simulator": {"core"},
+    "cli": {"core", "messages", "relay", "manager", "gateway", "worker", "cluster", "simulator"},
 }
 ONLY_IN = {"vllm": "engines/vllm", "torch": "engines/vllm", "ray": "cluster"}
 

@@ -23,6 +23,14 @@ from modelpool.cli.client import PoolClient, Trouble, fail
 from modelpool.cli.command import program
 from modelpool.cli.models_file import BadFile, read_as, read_models
 from modelpool.cli.plan import Step, lines, patch, plan
+from modelpool.cli.simulate import (
+    arrivals_of,
+    figures_table,
+    picture,
+    refusals,
+    scenario_of,
+    simulated,
+)
 from modelpool.cli.tables import (
     considered_table,
     instances_table,
@@ -42,6 +50,9 @@ from modelpool.messages.models import CHANGEABLE
 from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, SettingsError, load, to_environ
+from modelpool.simulator.policies import Named
+from modelpool.simulator.scenario import ScenarioError
+from modelpool.simulator.trace import TraceError, generate
 
 app = typer.Typer(
     name="modelpool",
@@ -506,6 +517,51 @@ def explain_start_command(alias: str, url: UrlOption = None, json: JsonOption = 
             console.print()
         console.print(f"{each.instance} on {each.worker_id}", markup=False, highlight=False, soft_wrap=True)
         console.print(phases_table(each), soft_wrap=True)
+
+
+@app.command("simulate")
+def simulate_command(
+    trace: Annotated[
+        Path | None, typer.Argument(help="Arrivals: as recorded, Azure's CSV, or Mooncake's JSON lines.")
+    ] = None,
+    policy: Annotated[
+        list[Named] | None, typer.Option("--policy", help="Several may be compared; the first is ladder, by default.")
+    ] = None,
+    scenario: Annotated[
+        Path | None, typer.Option(help="Workers, models and costs (YAML); else the file that was recorded beside it.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting: models.idle_sleep_1_s=60.")] = None,
+    models: Annotated[int, typer.Option(min=1, help="Where the trace names none: spread it over so many.")] = 10,
+    skew: Annotated[float, typer.Option(min=0, help="How uneven, by Zipf's law.")] = 1.0,
+    rate: Annotated[float, typer.Option(min=0.001, help="Without a trace: requests a second.")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Without a trace: how long.")] = 60.0,
+    daily: Annotated[float, typer.Option(min=0, max=1, help="Without a trace: how far a day swings.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture there.")] = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Play arrivals to the controller in virtual time, and print what it would make of them."""
+    settings = _settings(config, dict(_assignment(text) for text in set_ or []))
+    try:
+        world = scenario_of(trace, scenario)
+        if trace is None:
+            arrivals = generate(
+                models=models, seconds=minutes * 60, rate=rate, skew=skew, daily=daily, day_s=minutes * 60, seed=seed
+            )
+        else:
+            arrivals = arrivals_of(trace, models=models, skew=skew, seed=seed)
+    except (TraceError, ScenarioError) as error:
+        fail(str(error), "docs/simulator.md describes the files.", code=2)
+    if not arrivals:
+        fail("no request comes in that time; give more --minutes, or a higher --rate.", code=2)
+    found = simulated(arrivals, world, settings, policy or [Named.LADDER], seed=seed)
+    if svg is not None:
+        svg.write_text(picture(found))
+    _print(found, json, lambda: figures_table(found))
+    if not json:
+        for line in refusals(found):
+            print(line)
 
 
 @app.command("logs")

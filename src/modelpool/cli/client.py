@@ -54,7 +54,7 @@ def fail(message: str, hint: str = "", *, code: int = 1) -> NoReturn:
 def report(message: str, hint: str = "") -> None:
     """Say on standard error what is wrong and what to do about it. The message gets its full stop here."""
     console = Console(stderr=True)
-    console.print(f"[red]error:[/] {escape(sentence(message))}", highlight=False, soft_wrap=True)
+    console.print(f"[red]error:[/] {escape(sentence(message))}", highlight=False, soft_wrap=True, emoji=False)
     if hint:
         console.print(f"[dim]{escape(hint)}[/]", highlight=False, soft_wrap=True)
 

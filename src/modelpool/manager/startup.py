@@ -7,10 +7,9 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from modelpool.core.pool import Policy
-from modelpool.core.scaling import ScalingPolicy
 from modelpool.home import Home, open_private
 from modelpool.manager.manager import Manager, running_manager
+from modelpool.manager.policy import policy_of
 from modelpool.manager.store import Holder, open_store
 from modelpool.settings import Settings
 
@@ -41,26 +40,3 @@ async def manager_of(
 def holder_here(lock_id: str) -> Holder:
     """This process as holder of a store. Whoever had the lock of this id before has ended."""
     return Holder(id=lock_id, name=f"on {socket.gethostname()} (process {os.getpid()})")
-
-
-def policy_of(settings: Settings) -> Policy:
-    models = settings.models
-    return Policy(
-        min_replicas=models.min_replicas,
-        max_replicas=models.max_replicas,
-        scaling=ScalingPolicy(
-            load_high=models.load_high,
-            load_low=models.load_low,
-            averaged_over_s=models.scale_interval_s,
-            cooldown_s=models.cooldown_s,
-            idle_sleep_1_s=models.idle_sleep_1_s,
-            idle_sleep_2_s=models.idle_sleep_2_s,
-            idle_unload_s=models.idle_unload_s,
-        ),
-        min_residence_s=models.min_residence_s,
-        turn_max_s=models.turn_max_s,
-        swaps_per_minute=models.swaps_per_minute,
-        heartbeat_timeout_s=settings.manager.heartbeat_timeout_s,
-        backoff_initial_s=settings.manager.backoff_initial_s,
-        backoff_max_s=settings.manager.backoff_max_s,
-    )

@@ -8,6 +8,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from modelpool.core.availability import is_routed, on_its_way
 from modelpool.core.learned import ANYWHERE, WAKE, What, slow
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
@@ -22,7 +23,6 @@ DEFAULT_START_S = 10.0
 """How long a start is taken to need before one of that model was measured."""
 DEFAULT_WAKE_S = 3.0
 NO_WORKER_RETRY_S = 5.0
-RETRIED_AT_ONCE_S = 2.0
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +62,7 @@ def instances_by_alias(pool: Pool) -> dict[str, list[Instance]]:
 def entry(known: Known, alias: str, instances: list[Instance]) -> ModelEntry:
     """A model as the gateways see it."""
     model = known.pool.models[alias]
-    active = [each for each in instances if each.state is InstanceState.ACTIVE and not each.stopping]
-    current = [each for each in active if each.key == model.key]
+    current = [each for each in instances if is_routed(known.pool, each)]
     routes = tuple(route for each in current if (route := _route(known, each)))
     reports = [report for each in current if (report := known.report(key_of(each)))]
     lengths = [report.max_model_len for report in reports if report.max_model_len]
@@ -102,33 +101,9 @@ def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavail
         code, wait = "no_available_worker", NO_WORKER_RETRY_S
     else:
         code, wait = "model_not_ready", _start_wait(known, alias, instances)
-    return Unavailable(code=code, message=message, retry_after=wait, on_its_way=_on_its_way(known, alias, instances))
-
-
-def _on_its_way(known: Known, alias: str, instances: list[Instance]) -> bool:
-    """It starts, or will because somebody asks. Not where it failed to start, and where nothing can make room for it.
-
-    A first failure counts as on its way, since it is tried again at once: mostly an engine that died while it served.
-    """
-    workers = known.pool.workers.values()
-    alive = {worker.worker_id for worker in workers if worker.alive}
-    if here := [each for each in instances if each.worker_id in alive]:
-        hopeless = alias in known.pool.hopeless
-        return any(each.stopping or _is_coming(each, known.now, hopeless=hopeless) for each in here)
-    if any(worker.back_until is not None for worker in workers):
-        return True
-    return bool(alive) and alias not in known.pool.hopeless
-
-
-def _is_coming(instance: Instance, now: float, *, hopeless: bool) -> bool:
-    """`hopeless`: nothing makes room for what is not up."""
-    if instance.failures and instance.permanent:
-        return False
-    if hopeless and instance.state in (InstanceState.FAILED, *_ASLEEP):
-        return False
-    if instance.retry_at is not None:
-        return instance.failures == 1 and instance.retry_at - now < RETRIED_AT_ONCE_S
-    return instance.state is not InstanceState.FAILED
+    return Unavailable(
+        code=code, message=message, retry_after=wait, on_its_way=on_its_way(known.pool, alias, known.now)
+    )
 
 
 def _workers_missing(pool: Pool) -> str:
