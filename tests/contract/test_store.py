@@ -224,6 +224,8 @@ def test_a_store_of_a_later_schema_or_no_store_at_all_is_refused(store_url: str,
     (tmp_path / "text.db").write_text("not a database, but long enough to be read as one" * 10)
     with pytest.raises(StoreError, match="not a database"):
         asyncio.run(opened(file(tmp_path / "text.db")))
+    with pytest.raises(StoreError, match="sslmode"):
+        asyncio.run(opened("postgresql://u@127.0.0.1:1/db?sslmode=never"))
     with pytest.raises(StoreError, match="begins with `mysql`; it must be postgresql://"):
         asyncio.run(opened("mysql://h/db"))
 

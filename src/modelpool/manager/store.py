@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import asyncpg
@@ -325,8 +325,9 @@ class Store:
     async def close(self) -> None:
         if self._given_up:
             await asyncio.wait(self._given_up, timeout=1.0)
-        async with asyncio.timeout(self._answer_s):
-            await self._engine.dispose()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._answer_s):
+                await self._engine.dispose()
 
 
 def _model_row(model: StoredModel) -> dict[str, Any]:
@@ -409,9 +410,9 @@ async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     try:
         async with engine.begin() as connection:
             yield connection
-    except (SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
+    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        raise StoreError(f"The store cannot be used: {cause or type(cause).__name__}.") from error
+        raise StoreError(f"The store cannot be used: {str(cause) or type(cause).__name__}.") from error
 
 
 class _clock(FunctionElement[float]):

@@ -1,7 +1,6 @@
 """Brings a store to the tables that this version knows, by Alembic.
 
-A new migration is a module in `versions/`, and its name goes into HEAD. To have it drafted from tables.py:
-`alembic -c src/modelpool/manager/migrations/alembic.ini -x url=… revision --autogenerate`.
+A new migration is a module in `versions/`, and its name goes into HEAD; a test compares what they make with tables.py.
 """
 
 from __future__ import annotations
