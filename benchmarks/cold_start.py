@@ -42,7 +42,7 @@ SHARE = 12
 """A cold start is to take at most one part in so many of the server's start."""
 MORE_S = {1: 0.5, 2: 1.5}
 """And a request to a sleeper at most so much more than one to a model that is awake."""
-_DEADLINE_S = 300.0
+_DEADLINE_S = 600.0
 _RESULTS = Path(__file__).parent / "results" / "cold_start.md"
 _BODY = {"prompt": "Model Pool", "max_tokens": 4, "temperature": 0, "stream": True}
 
