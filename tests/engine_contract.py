@@ -182,7 +182,7 @@ class EngineContract:
         assert isinstance(shared.sleep(1), Slept)
         assert isinstance(shared.wake(), Woken)
 
-    @pytest.mark.parametrize("level", [1, 2])
+    @pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.soak), 2])
     def test_a_sleeper_can_be_ended(self, forkserver: ForkserverDriver, host: HostDriver, level: int) -> None:
         assert isinstance(host.sleep(level), Slept)
         host.shutdown(drain_s=60)
@@ -224,8 +224,13 @@ class EngineContract:
         connection.close()
 
     def test_a_killed_host_is_reported_and_leaves_nothing(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
+        def folders() -> list[Path]:
+            return list(Path(tempfile.gettempdir()).glob(f"modelpool-forkserver-*/{host.pid}"))
+
+        assert len(folders()) == 1
         os.kill(host.pid, signal.SIGKILL)
         assert forkserver.wait_exited(host.pid, promised(2)).status == -signal.SIGKILL
+        assert folders() == []
         _wait_gone(forkserver, host)
 
     def test_a_host_that_is_stopped_can_be_killed(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
@@ -251,15 +256,6 @@ class EngineContract:
     def test_sigterm_ends_a_host_cleanly(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
         os.kill(host.pid, signal.SIGTERM)
         assert forkserver.wait_exited(host.pid, 20).status == 0
-
-    def test_a_host_takes_its_temporary_files_with_it(self, forkserver: ForkserverDriver, host: HostDriver) -> None:
-        def folders() -> list[Path]:
-            return list(Path(tempfile.gettempdir()).glob(f"modelpool-forkserver-*/{host.pid}"))
-
-        assert len(folders()) == 1
-        os.kill(host.pid, signal.SIGKILL)
-        forkserver.wait_exited(host.pid)
-        assert folders() == []
 
     # ------------------------------------------------------------ the start
 

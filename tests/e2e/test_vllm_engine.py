@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def forkserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkserverDriver]:
     with ForkserverDriver(EngineKind.VLLM, tmp_path_factory.mktemp("vllm")) as forkserver:
-        outcome = forkserver.wait_imported()
+        outcome = forkserver.wait_imported(promised(120))
         assert isinstance(outcome, Imported), outcome
         yield forkserver
 
@@ -96,8 +96,14 @@ class TestVllmEngine(EngineContract):
         connection.close()
         shared.probe_until(lambda status: not status.kv_cache_usage)
 
+    def test_a_start_says_where_its_time_went(self, shared: HostDriver) -> None:
+        assert shared.loaded is not None
+        names = [phase.name for phase in shared.loaded.phases]
+        assert names == ["configuration", "processes", "weights", "kv_cache", "warm_up", "app"]
+        assert all(phase.seconds > 0 for phase in shared.loaded.phases)
+
     @pytest.mark.parametrize("name", ["VLLM::EngineCore", "VLLM::Worker"])
-    @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+    @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["running", "stopped"])
     def test_the_death_of_one_of_its_processes_ends_it(
         self, forkserver: ForkserverDriver, model: ModelSpec, name: str, stopped: bool
     ) -> None:
@@ -113,7 +119,7 @@ class TestVllmEngine(EngineContract):
             answer = _rest(connection)
             assert b"InternalServerError" in answer or answer.endswith(b"\r\n\r\n") or not answer
 
-    @pytest.mark.parametrize("name", ["VLLM::EngineCore", "VLLM::Worker"])
+    @pytest.mark.parametrize("name", [pytest.param("VLLM::EngineCore", marks=pytest.mark.soak), "VLLM::Worker"])
     def test_the_death_of_one_of_its_processes_ends_a_sleeper_too(
         self, forkserver: ForkserverDriver, model: ModelSpec, name: str
     ) -> None:
@@ -149,14 +155,6 @@ class TestVllmEngine(EngineContract):
 
 
 # ---------------------------------------------------------------- kinds of models and arguments
-
-
-def test_an_embedding_model_embeds(forkserver: ForkserverDriver, models: Path) -> None:
-    host = started(forkserver, spec(models / "embedding"))
-    answer = httpx.post(host.url + "/v1/embeddings", json={"model": "tiny", "input": "hello"}, headers=AUTHORIZED)
-    vector = answer.json()["data"][0]["embedding"]
-    assert sum(value * value for value in vector) == pytest.approx(1, abs=0.01)
-    ended(forkserver, host)
 
 
 def test_a_default_registration_works_on_a_cpu(forkserver: ForkserverDriver, models: Path) -> None:
@@ -197,6 +195,7 @@ def test_an_embedding_model_sleeps_and_embeds_the_same(forkserver: ForkserverDri
         return found
 
     before = vector()
+    assert sum(value * value for value in before) == pytest.approx(1, abs=0.01)
     for level in (1, 2):
         assert isinstance(host.sleep(level), Slept)
         assert isinstance(host.wake(), Woken)
@@ -268,15 +267,6 @@ def test_an_extension_of_a_users_own_takes_the_levels_away_and_nothing_else(
     assert host.loaded.sleep_levels == ()
     assert isinstance(host.sleep(1), SleepRefused)
     assert httpx.post(host.url + CHAT, json=chat(), headers=AUTHORIZED, timeout=30).status_code == 200
-    ended(forkserver, host)
-
-
-def test_a_start_says_where_its_time_went(forkserver: ForkserverDriver, models: Path) -> None:
-    host = started(forkserver, spec(models / "text"))
-    assert host.loaded is not None
-    names = [phase.name for phase in host.loaded.phases]
-    assert names == ["configuration", "processes", "weights", "kv_cache", "warm_up", "app"]
-    assert all(phase.seconds > 0 for phase in host.loaded.phases)
     ended(forkserver, host)
 
 
