@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from modelpool.core.pool import Event, Pool, apply
+from modelpool.core.ledger import ledger
+from modelpool.core.pool import Event, Pool, apply, instances_on
 from modelpool.core.reconcile import Effect, reconcile
 
 
@@ -30,4 +31,6 @@ def checked_step(pool: Pool, event: Event, now: float) -> tuple[Pool, Sequence[E
             (group(key), key) for key in after.instances
         }
         assert sum(map(len, index.values())) == len(after.instances)
+    for worker_id, books in after.ledgers.items():
+        assert books == ledger(after.workers[worker_id], instances_on(after, worker_id))
     return after, effects

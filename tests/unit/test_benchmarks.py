@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from benchmarks import cold_start, costs, processes
+from benchmarks import cold_start, controller, costs, processes
 from benchmarks.hold import Connection
 from benchmarks.machine import Machine
 from benchmarks.pace import Pace
@@ -242,3 +242,8 @@ def test_cold_starts_are_held_to_their_bounds_by_medians() -> None:
 def test_phases_of_several_starts_go_together() -> None:
     first, second = (StartPhase("fork", 0.1), StartPhase("app", 0.2)), (StartPhase("fork", 0.3),)
     assert cold_start.by_name([first, second]) == {"fork": [0.1, 0.3], "app": [0.2]}
+
+
+def test_the_controller_thinks_for_milliseconds_whatever_happens() -> None:
+    for what, took in controller.measured(models=200, workers=20, steps=2):
+        assert max(took) < 0.5, what

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -18,6 +18,9 @@ from modelpool.core.learned import Learned, What
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.placement import Need, Room
 from modelpool.core.scaling import ScalingPolicy, Step, Wish
+
+if TYPE_CHECKING:  # it is made of what is here
+    from modelpool.core.ledger import Ledger
 
 UNWANTED_GRACE_S = 30.0
 """How long an instance of a model that nobody registered is left alone."""
@@ -157,6 +160,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """worker → its instances; no entry where there are none."""
     touched: frozenset[str] = frozenset()
     """Models, registered or not, about which something has changed since it was last decided what becomes of them."""
+    ledgers: Mapping[str, Ledger] = {}
+    """worker → what there is room for on it, where that was worked out and nothing has changed since."""
     kept_for: Mapping[str, str] = {}
     """worker → the model for whose requests room is being made there."""
     due: Mapping[str, float] = {}
@@ -411,7 +416,7 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
     up = {each.alias for each in merged.values() if each.state in there and _is_of(pool, each)}
     news = {key: each for key, each in merged.items() if each != pool.instances.get(key)}
     if before is None or before != replace(worker, last_seen=before.last_seen):
-        pool = _room_changed(pool)
+        pool = replace(_room_changed(pool), ledgers=_without(pool.ledgers, event.worker_id))
     if before is None or not before.alive:
         pool = _touched(pool, (each.alias for each in merged.values()))
     instances_before = pool.instances
@@ -607,6 +612,7 @@ def _without_instances(pool: Pool, worker_id: str) -> Pool:
     lost = {each.alias for key in gone if _is_up(each := pool.instances[key])}
     return replace(
         _room_changed(with_instances(pool, {}, gone=gone)),
+        ledgers=_without(pool.ledgers, worker_id),
         wanted_up=pool.wanted_up | (lost & pool.models.keys()),
     )
 
@@ -676,7 +682,9 @@ def with_instances(pool: Pool, changed: Mapping[Key, Instance], *, gone: Collect
             on_worker=_regrouped(pool.on_worker, {key: key[0] for key in left}, {key: key[0] for key in joined}),
         )
     aliases = {each.alias for each in changed.values()} | {before[key].alias for key in left}
-    return _room_changed(_touched(replace(pool, instances=instances), aliases))
+    workers = {key[0] for key in (*changed, *left)}
+    ledgers = {worker_id: each for worker_id, each in pool.ledgers.items() if worker_id not in workers}
+    return _room_changed(_touched(replace(pool, instances=instances, ledgers=ledgers), aliases))
 
 
 def _regrouped(

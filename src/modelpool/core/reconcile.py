@@ -44,13 +44,13 @@ _RECHECK_S = 1.0
 _MINUTE_S = 60.0
 _START_GUESS_S = 10.0
 _TURN_FACTOR = 4.0
-# What a round costs is counted in looks at a model, 25 µs each, so that it takes some 50 ms at most.
-_COST_MAX = 1500.0
+# What a round costs is counted in looks at a model, 50 µs each on a busy machine, so that it takes some 30 ms.
+_COST_MAX = 600.0
 _LOOK_COST = 1.0
 _ORDER_COST = 10.0
 _WORKER_COST = 0.4
 _HOLDER_COST = 1.0
-_ASKED_MAX = 100
+_ASKED_MAX = 25
 """Workers of which it is asked at once who may give way there."""
 _HOST_GUESS_BYTES = 2 * GB
 """Of the machine's memory, beside accelerators: what an engine's processes take, before that was measured."""
@@ -94,8 +94,10 @@ Effect = Start | Stop | Sleep | Wake
 class _Round:
     """One reconciliation: its time, the orders so far, what was decided, and what that has cost."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, ledgers: Mapping[str, Ledger]) -> None:
         self.now = now
+        self.ledgers = dict(ledgers)
+        """By worker: those that were worked out, and hold."""
         self.cost = 0.0
         self.effects: list[Effect] = []
         self.wishes: dict[str, Wish] = {}
@@ -104,19 +106,18 @@ class _Round:
         """worker → the model for whose requests room is being made there."""
         self.refused: dict[object, Shortage] = {}
         """What was not to be had where nobody waits: no order makes room at once."""
-        self._ledgers: dict[str, Ledger] = {}
 
     def give(self, effect: Effect) -> None:
         """An order. What is set aside on its worker changes with it."""
         self.effects.append(effect)
         self.cost += _ORDER_COST
-        self._ledgers.pop(effect.worker_id, None)
+        self.ledgers.pop(effect.worker_id, None)
 
     def ledger(self, pool: Pool, worker: Worker) -> Ledger:
         """What there is room for on a worker now."""
-        books = self._ledgers.get(worker.worker_id)
+        books = self.ledgers.get(worker.worker_id)
         if books is None:
-            books = self._ledgers[worker.worker_id] = ledger(worker, instances_on(pool, worker.worker_id))
+            books = self.ledgers[worker.worker_id] = ledger(worker, instances_on(pool, worker.worker_id))
         return books
 
 
@@ -133,7 +134,7 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     """
     if pool.recovering:
         return pool, ()
-    round_ = _Round(now)
+    round_ = _Round(now, pool.ledgers)
     looked_at = pool.touched.union(alias for alias, due in pool.due.items() if due <= now)
     if not looked_at.isdisjoint(pool.kept_for.values()):
         looked_at |= pool.shortages.keys()  # the room may be theirs now
@@ -160,6 +161,7 @@ def _settled(pool: Pool, looked_at: frozenset[str], postponed: Collection[str], 
         shortages=lasting | {alias: each.reason for alias, each in short.items()},
         hopeless=(pool.hopeless - done).union(alias for alias, each in short.items() if each.hopeless),
         kept_for=round_.kept_for,
+        ledgers=round_.ledgers,
     )
     due = {**pool.due, **{alias: _due_at(pool, alias, round_.now) for alias in done | pool.touched}}
     due |= dict.fromkeys(postponed, round_.now)
@@ -725,7 +727,7 @@ def _swap_s(pool: Pool, instance: Instance) -> float:
 
 def ever_fits(pool: Pool, model: Model, round_: _Round | None = None) -> bool:
     """Whether all wanted replicas would fit if nothing else ran on the workers that are there. True while none is."""
-    need, candidates = _need(pool, model), _candidates(pool, model, round_ or _Round(0.0))
+    need, candidates = _need(pool, model), _candidates(pool, model, round_ or _Round(0.0, pool.ledgers))
     replicas = max(1, scaling_of(pool.policy, model).min_replicas) if candidates else 0
     if replicas == 1:
         return any(isinstance(place(need, [_emptied(each)]), Placement) for each in candidates)
