@@ -96,7 +96,7 @@ def test_what_failed_holds_nothing_and_waits_for_room_like_anybody() -> None:
     assert "needs 6.0 GB on device 0, 2.0 GB free of 10.0 GB" in pool.shortages["m"]
     # The other one gives way to it only where somebody waits.
     _, effects = play((20, asked("m")), pool=pool)
-    assert told(effects) == [("Stop", "other on w")]
+    assert told(effects) == [("Sleep", "other on w")]
 
 
 def test_what_failed_again_is_started_on_another_worker() -> None:

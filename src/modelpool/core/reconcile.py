@@ -54,6 +54,8 @@ _ASKED_MAX = 25
 """Workers of which it is asked at once who may give way there."""
 _HOST_GUESS_BYTES = 2 * GB
 """Of the machine's memory, beside accelerators: what an engine's processes take, before that was measured."""
+_CONTEXT_GUESS_BYTES = GB
+"""What a sleeper leaves on an accelerator, before that was measured."""
 _AVOIDED_AFTER = 2
 """Failures in a row after which a worker comes last."""
 _DRAINING = InstanceState.DRAINING
@@ -662,17 +664,20 @@ def _holder(pool: Pool, instance: Instance, books: Ledger, wanting: Model, round
 
 
 def _ways(pool: Pool, instance: Instance, holds: Mapping[int, int], books: Ledger) -> tuple[Way, ...]:
-    """The steps down from where it is. What a level leaves is known once it was there."""
+    """The steps down from where it is."""
     learned, there = pool.learned.get(instance.alias, {}), instance.worker_id
     start_s = typical(learned, What.START, there, unknown=_START_GUESS_S)
     ways = [Way(step=Step.UNLOAD, frees=holds, back_s=start_s)]
     for step, level in LEVEL.items():
-        left = expected(learned, HELD[level], there)
-        if left is None or level <= sleep_level(instance.state) or not _can_sleep(instance, step, books):
+        if level <= sleep_level(instance.state) or not _can_sleep(instance, step, books):
             continue
-        frees = {index: held - int(left.slow) for index, held in holds.items()}
+        # What a level leaves is known once it was there. On a CPU nobody can guess it; on an accelerator: the context.
+        guess = math.inf if books.host is None else _CONTEXT_GUESS_BYTES
+        left = slow(learned, HELD[level], there, unknown=guess)
+        frees = {index: held - int(min(held, left)) for index, held in holds.items()}
         if HOST in frees:
-            frees[HOST] = holds[HOST] - int(slow(learned, HELD_ON_HOST[level], there, unknown=0.0))
+            kept = holds[HOST] + (instance.weights_bytes if level == 1 else 0)
+            frees[HOST] = holds[HOST] - int(slow(learned, HELD_ON_HOST[level], there, unknown=kept))
         if any(gain > 0 for gain in frees.values()):
             back_s = typical(learned, WAKE[level], there, unknown=start_s / 2)
             ways.append(Way(step=step, frees=frees, back_s=back_s))

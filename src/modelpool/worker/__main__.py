@@ -255,15 +255,16 @@ def instance_logs(settings: Settings, home: Home) -> Callable[[str], InstanceLog
 def describer(supervisor: Supervisor, hub: Hub, info: WorkerInfo) -> Callable[[], Awaitable[WorkerDescription]]:
     async def describe() -> WorkerDescription:
         files = await hub.models_here()
+        instances = supervisor.reports()
+        # Devices last: they show what those who have ended gave back. What changes meanwhile is told right after.
         reading = await supervisor.reading()
-        # Reports last: what they say is then of one moment, and not older than the devices.
         return WorkerDescription(
             info=info,
             devices=reading.devices,
             host=reading.host,
             files=files,
             engines=supervisor.engines(),
-            instances=supervisor.reports(),
+            instances=instances,
         )
 
     return describe

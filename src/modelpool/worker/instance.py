@@ -131,6 +131,7 @@ class Instance:
 
     def awake(self, change: LevelChange) -> None:
         self.last_wake = change
+        self.held = Held(0, self.held.host_bytes)  # of its devices not what it held asleep, and not measured yet
         if not self.stop_asked.is_set():
             self.move(InstanceState.ACTIVE)
 
