@@ -30,6 +30,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 BIN = Path(sys.executable).parent
 _SMALL = "--num-cpus=1 --object-store-memory=80000000 --min-worker-port=0 --max-worker-port=0"
 _HEAD = f"{_SMALL} --port=0 --dashboard-agent-listen-port=0"
+RAY_STARTS = 3
+"""Ray gives a node 30 s to start, whatever else the machine has to do; so it is tried again."""
 
 
 class RayPool(PoolProcess):
@@ -77,8 +79,16 @@ class RayPool(PoolProcess):
         home = self.folder / f"home{number}"
         environ = {**self.environ, "MODELPOOL_HOME": str(home), "SERVE_HOST": f"127.0.0.{number}", TAG: str(home)}
         environ |= {"SERVE_PORT": "0", "SPT_NOENV": "1"}
-        command = [str(BIN / "ray"), "start", f"--address={self.ray_address}", *_SMALL.split()]
-        subprocess.run([*command, "--disable-usage-stats"], env=environ, check=True, capture_output=True, timeout=120)
+        command = [str(BIN / "ray"), "start", f"--address={self.ray_address}", "--disable-usage-stats"]
+        command += _SMALL.split()
+        for _ in range(RAY_STARTS):
+            done = subprocess.run(
+                [*command, "--disable-usage-stats"], env=environ, capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                break
+            kill_ray(home)
+        assert done.returncode == 0, done.stderr
         eventually(lambda: local_address(Settings(home=str(home))), 120, lambda: f"a gateway of {home}")
         return home
 
@@ -173,7 +183,10 @@ def deployed_pool(*, dashboard: bool = False) -> Iterator[RayPool]:
         )
         given["MODELPOOL_RAY_ARGS"] += more
         try:
-            done = modelpool("deploy", "--json", environ=given)
+            for _ in range(RAY_STARTS):
+                done = modelpool("deploy", "--json", environ=given)
+                if "timed out during startup" not in done.stderr:
+                    break
             assert done.returncode == 0, done.stdout + done.stderr
             url = eventually(lambda: local_address(Settings(home=str(folder / "home"))), 5, lambda: "an address").url
             with started_worker(folder, given, url) as worker:

@@ -61,8 +61,11 @@ class NodeGateways:
     async def start(self) -> None:
         """Adopt those that run, start the others. Those of another deployment give way to new ones. StartupError."""
         current = with_variable(_VERSION, self._version)
+        adopted = [child for child in self._children if child.adopt(self._left_at)]
+        if not adopted:  # sharing a port with a stranger of the same user would not be refused
+            self._bind(shared=False).close()
         for child in self._children:
-            if not child.adopt(self._left_at):
+            if child not in adopted:
                 await child.start()
                 log.info("started the gateway process %s at %s", child.pid, child.url)
             elif child.pid not in current:
@@ -90,11 +93,14 @@ class NodeGateways:
     def _socket(self, number: int) -> socket.socket:
         """A copy of a child's socket, which is opened when it is first asked for and stays through restarts."""
         if number not in self._sockets:
-            sock = bind_tcp(self._gateway.host, self._port, flag="--port", variable="SERVE_PORT", shared=True)
+            sock = self._bind(shared=True)
             sock.listen(BACKLOG)
             self._port = sock.getsockname()[1]
             self._sockets[number] = sock
         return self._sockets[number].dup()
+
+    def _bind(self, *, shared: bool) -> socket.socket:
+        return bind_tcp(self._gateway.host, self._port, flag="--port", variable="SERVE_PORT", shared=shared)
 
 
 def end_left_behind(home: Home) -> None:
@@ -110,4 +116,5 @@ def _tag(home: Home, number: int) -> str:
 
 def _version_of(settings: Settings) -> str:
     """The same for gateway processes that need not be replaced by one another."""
-    return hashlib.sha256(__version__.encode() + msgspec.json.encode(settings)).hexdigest()[:16]
+    used = (__version__, settings.gateway, settings.token, settings.log_level)
+    return hashlib.sha256(msgspec.json.encode(used)).hexdigest()[:16]

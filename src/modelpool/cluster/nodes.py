@@ -26,8 +26,8 @@ def live_nodes() -> int:
 
 def keep_a_replica_on_every_node() -> None:
     """Tell Ray Serve how many nodes there are, if it does not know. Nothing where there is no such deployment."""
-    nodes = live_nodes()
     try:
+        nodes = live_nodes()
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
         deployment = DeploymentID(name=GATEWAY, app_name=APPLICATION)
         known = ray.get(controller.get_deployment_details.remote(APPLICATION, GATEWAY), timeout=_DEADLINE_S)
