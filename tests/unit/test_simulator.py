@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from modelpool.cli.app import app
+from modelpool.cli.simulate import scenario_of
 from modelpool.core.pool import Policy
 from modelpool.core.scaling import ScalingPolicy
 from modelpool.simulator.policies import Named, applied
@@ -208,8 +209,10 @@ def test_a_day_has_its_night() -> None:
 
 def test_a_scenario_comes_back_as_it_was_written(tmp_path: Path) -> None:
     scenario = Scenario(workers=ONE, models={"m": ModelCosts(start_s=(1.0, 2.5), wake_s=((0.1, 0.2), 3.0))})
-    write_scenario(tmp_path / "s.yaml", scenario)
-    assert read_scenario(tmp_path / "s.yaml") == scenario
+    write_scenario(tmp_path / "s.pool.yaml", scenario)
+    assert read_scenario(tmp_path / "s.pool.yaml") == scenario
+    assert scenario_of(tmp_path / "s.csv", None) == scenario
+    assert scenario_of(tmp_path / "other.csv", None) == Scenario()
 
 
 def test_the_documented_files_can_be_used(tmp_path: Path) -> None:

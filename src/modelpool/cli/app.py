@@ -521,14 +521,12 @@ def explain_start_command(alias: str, url: UrlOption = None, json: JsonOption = 
 
 @app.command("simulate")
 def simulate_command(
-    trace: Annotated[
-        Path | None, typer.Argument(help="Arrivals: as recorded, Azure's CSV, or Mooncake's JSON lines.")
-    ] = None,
+    trace: Annotated[Path | None, typer.Argument(help="Arrivals: our CSV, Azure's, or Mooncake's JSON lines.")] = None,
     policy: Annotated[
         list[Named] | None, typer.Option("--policy", help="Several may be compared; the first is ladder, by default.")
     ] = None,
     scenario: Annotated[
-        Path | None, typer.Option(help="Workers, models and costs (YAML); else the file that was recorded beside it.")
+        Path | None, typer.Option(help="Workers, models and costs (YAML); else NAME.pool.yaml beside NAME.csv.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting: models.idle_sleep_1_s=60.")] = None,
     models: Annotated[int, typer.Option(min=1, help="Where the trace names none: spread it over so many.")] = 10,

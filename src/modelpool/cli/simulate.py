@@ -25,7 +25,7 @@ def arrivals_of(path: Path, *, models: int, skew: float, seed: int) -> list[Arri
 
 
 def scenario_of(trace: Path | None, given: Path | None) -> Scenario:
-    """The one given, else what was recorded beside the trace, else made-up costs. Raises ScenarioError."""
+    """The one given, else the one beside the trace, else made-up costs. Raises ScenarioError."""
     beside = trace.with_suffix(SCENARIO_SUFFIX) if trace is not None else None
     if given is None and beside is not None and beside.exists():
         given = beside

@@ -1,4 +1,4 @@
-"""Arrivals: recorded by this project, by others, or made up.
+"""Arrivals: in our own form, in those of others, or made up.
 
 Our own form is CSV with a head line. `time` and `model` are needed; seconds; an empty field is not known:
 
