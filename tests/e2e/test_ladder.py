@@ -57,20 +57,22 @@ def until(pool: PoolProcess, alias: str, state: str, within: float = 15) -> None
 def test_nobody_asks_and_it_steps_down_and_a_request_brings_it_back(idle_pool: PoolProcess) -> None:
     pool = idle_pool
     pool.register("m", fake=True)
-    for state in ("ACTIVE", "SLEEP_1", "SLEEP_2", "UNLOADED"):
-        until(pool, "m", state)
-        if state != "ACTIVE":
-            assert [each["id"] for each in pool.http.get("/v1/models").json()["data"]] == ["m"]
+    whole = {"start", "sleep_1", "sleep_2", "unload"}  # all of them were seen
+    eventually(lambda: whole <= {each["what"] for each in pool.model("m")["learned"]}, 45, lambda: str(pool.model("m")))
+    assert pool.model("m")["state"] == "UNLOADED"
+    assert [each["id"] for each in pool.http.get("/v1/models").json()["data"]] == ["m"]
     eventually(lambda: pool.processes("modelpool: host m") == [], 10, lambda: "its host has ended")
+    pool.http.patch("/admin/models/m", json={"idle_sleep_2_s": 1000}).raise_for_status()
     before = starts(pool, "m")
     with ThreadPoolExecutor(50) as clients, pool.sdk() as sdk:
         answers = clients.map(lambda _: sdk.completions.create(model="m", prompt="x"), range(50))
         assert {each.choices[0].finish_reason for each in answers} == {"stop"}
     assert starts(pool, "m") == before + 1
-    until(pool, "m", "SLEEP_1")
+    until(pool, "m", "SLEEP_1", within=45)
     host = pool.one("modelpool: host m").pid
     assert ask(pool, "m") == 200
-    until(pool, "m", "SLEEP_2")
+    pool.http.patch("/admin/models/m", json={"idle_sleep_2_s": 3, "idle_unload_s": 1000}).raise_for_status()
+    until(pool, "m", "SLEEP_2", within=45)
     assert ask(pool, "m") == 200
     assert pool.one("modelpool: host m").pid == host
 
