@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -135,3 +136,31 @@ def _damaged(pool: PoolProcess, broken: Ladder, right: str) -> float:
     log = broken.worker.get(f"/instances/{broken.alias}/logs?tail=5000").text
     assert "wrong after waking from level 2: the model is not what it was" in log
     return taken
+
+
+def test_fifty_clients_of_a_cold_model_cause_one_start(tmp_path: Path) -> None:
+    """As users ask, with the SDK as it comes."""
+    hurried = {"MODEL_IDLE_SLEEP_1": "2", "MODEL_IDLE_SLEEP_2": "4", "MODEL_IDLE_UNLOAD": "6"}
+    question = demo.answers()[0].question
+    with running_pool(tmp_path, **hurried) as pool:
+        pool.wait_active("demo")
+        log = pool.home / "logs" / "worker.log"
+        times = []
+        for _ in range(5):
+            eventually(lambda: pool.model("demo")["state"] == "UNLOADED", 60, lambda: str(pool.model("demo")))
+            before = log.read_text().count("starts, engine")
+            begin = time.monotonic()
+            with ThreadPoolExecutor(50) as clients:
+                said = set(clients.map(lambda _: _chat(pool, question), range(50)))
+            times.append(time.monotonic() - begin)
+            assert said == {demo.answer_to(question)}
+            assert log.read_text().count("starts, engine") == before + 1
+    print(f"\n50 clients of an UNLOADED model: one start; all answered after {statistics.median(times):.1f} s (median)")
+
+
+def _chat(pool: PoolProcess, question: str) -> str | None:
+    with pool.sdk() as client:
+        answer = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": question}], temperature=0
+        )
+    return answer.choices[0].message.content
