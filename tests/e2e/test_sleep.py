@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from modelpool.testing.tiny_models import make_text_model
@@ -17,6 +17,7 @@ from tests.promised import promised
 
 MB = 10**6
 KV_CACHE = 128 << 20
+PLACES = 4
 WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
 
 
@@ -28,31 +29,42 @@ def demo(demo_pool: PoolProcess) -> Iterator[Ladder]:
     demo_pool.wait_active("demo")
 
 
-def test_each_level_gives_its_memory_back_and_answers_stay_the_same(demo_pool: PoolProcess, tmp_path: Path) -> None:
-    """With weights and a KV cache that are large beside what an engine's processes need anyway."""
-    folder = make_text_model(tmp_path / "wide", shape=WIDE)
-    weights = (folder / "model.safetensors").stat().st_size
-    small = {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": KV_CACHE}
-    demo_pool.register("wide", model_name=str(folder), engine_args=small)
+@pytest.fixture(scope="module")
+def wide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_model(tmp_path_factory.mktemp("models") / "wide", shape=WIDE)
+
+
+@pytest.fixture(scope="module")
+def wide(demo_pool: PoolProcess, wide_path: Path) -> Iterator[Ladder]:
+    """A model whose weights and KV cache are large beside what an engine's processes need anyway."""
+    small = {"enforce_eager": True, "max_num_seqs": PLACES, "kv_cache_memory_bytes": KV_CACHE}
+    demo_pool.register("wide", model_name=str(wide_path), engine_args=small, max_replicas=1)
     demo_pool.wait_active("wide")
-    rows = []
     with ladder(demo_pool, "wide") as wide:
-        said, full = wide.says(), wide.pss()
-        for levels in ((1,), (2,), (1, 2)):
-            settled(demo_pool, "wide")
-            for level in levels:
-                change = wide.sleep(level)
-                rows.append((f"to level {level}", change))
-                promised = KV_CACHE + (weights if level == 2 else 0)
-                assert full - change["bytes_after"] > 0.9 * promised
-                assert abs(wide.pss() - change["bytes_after"]) < 20 * MB
-            wide.wake()
-            assert wide.says() == said
-            change = eventually(lambda: _measured(wide), 5, lambda: f"measured: {wide.report()}")
-            rows.append((f"awake from {levels[-1]}", change))
-            # The weights are back; the KV cache's pages come as they are written.
-            assert change["bytes_after"] > full - KV_CACHE - 40 * MB
+        yield wide
     demo_pool.remove("wide")
+
+
+def test_each_level_gives_its_memory_back_and_answers_stay_the_same(
+    demo_pool: PoolProcess, wide: Ladder, wide_path: Path
+) -> None:
+    weights = (wide_path / "model.safetensors").stat().st_size
+    rows = []
+    said, full = wide.says(), wide.pss()
+    for levels in ((1,), (2,), (1, 2)):
+        settled(demo_pool, "wide")
+        for level in levels:
+            change = wide.sleep(level)
+            rows.append((f"to level {level}", change))
+            promised = KV_CACHE + (weights if level == 2 else 0)
+            assert full - change["bytes_after"] > 0.9 * promised
+            assert abs(wide.pss() - change["bytes_after"]) < 20 * MB
+        wide.wake()
+        assert wide.says() == said
+        change = eventually(lambda: _measured(wide), 5, lambda: f"measured: {wide.report()}")
+        rows.append((f"awake from {levels[-1]}", change))
+        # The weights are back; the KV cache's pages come as they are written.
+        assert change["bytes_after"] > full - KV_CACHE - 40 * MB
     print(f"\nweights {weights / MB:.0f} MB, KV cache {KV_CACHE / MB:.0f} MB, awake and used {full / MB:.0f} MB")
     for what, change in rows:
         before, after = (change[f"bytes_{when}"] / MB for when in ("before", "after"))
@@ -97,19 +109,40 @@ def _shown(pool: PoolProcess, state: str) -> Json:
     return eventually(shown, 5, lambda: f"{state}: {pool.model('demo')}")
 
 
-def test_requests_in_flight_when_sleep_is_asked_for_all_complete(demo_pool: PoolProcess, demo: Ladder) -> None:
-    body = {"model": "demo", "prompt": "Model", "max_tokens": 150, "ignore_eos": True, "stream": True}
-    before = demo.report()["last_sleep"]
-    events = []
-    with httpx.Client(base_url=demo_pool.url, headers=demo_pool.http.headers, timeout=60) as client:
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            assert demo.worker.post("/instances/demo/sleep", json={"level": 2}).json()["state"] == "DRAINING"
-            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    assert events[-1]["choices"][0]["finish_reason"] == "length"
-    eventually(lambda: demo.report()["last_sleep"] != before, 10, lambda: f"asleep: {demo.report()}")
-    assert (demo.report()["last_sleep"]["level"], demo.report()["last_sleep"]["reason"]) == (2, "")
+def test_a_hundred_requests_in_flight_when_sleep_is_asked_for_all_complete(
+    demo_pool: PoolProcess, wide: Ladder
+) -> None:
+    """Streams that hold all its places, and what queues behind them."""
+
+    def ask(number: int) -> str:
+        """Why it ended."""
+        body = {"model": "wide", "prompt": "Model"}
+        stream = number < PLACES
+        sizes = {"max_tokens": 150 if stream else 2, "ignore_eos": True, "stream": stream}
+        answer = demo_pool.http.post("/v1/completions", json=body | sizes, timeout=200)
+        assert answer.status_code == 200, answer.text
+        last = answer.text.removesuffix("data: [DONE]\n\n").rpartition("data: ")[2] if stream else answer.text
+        reason: str = json.loads(last)["choices"][0]["finish_reason"]
+        return reason
+
+    before = wide.report()["last_sleep"]
+    with ThreadPoolExecutor(100) as clients:
+        asked = [clients.submit(ask, number) for number in range(PLACES)]
+        eventually(lambda: wide.status()["running"] == PLACES, 30, lambda: f"all places taken: {wide.status()}")
+        asked += [clients.submit(ask, number) for number in range(PLACES, 100)]
+        eventually(lambda: wide.status()["inflight_requests"] == 100, 30, lambda: f"100 in flight: {wide.status()}")
+        order = wide.worker.post("/instances/wide/sleep", json={"level": 2, "drain_s": 200})
+        assert order.json()["state"] == "DRAINING"
+        assert wide.status()["inflight_requests"] == 100
+        assert [each.result() for each in asked] == ["length"] * 100
+    slept = eventually(lambda: _changed(wide, before), 10, lambda: f"asleep: {wide.report()}")
+    assert (slept["level"], slept["reason"]) == (2, "")
+
+
+def _changed(ladder_: Ladder, before: Json | None) -> Json | None:
+    """Its last sleep, once that is another one."""
+    last: Json = ladder_.report()["last_sleep"]
+    return last if last != before else None
 
 
 def test_a_sleeper_whose_files_vanish_says_so_and_gives_its_memory_back(demo_pool: PoolProcess, tmp_path: Path) -> None:
