@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/mypy
 
 soak: setup
-	$(BIN)/python -m pytest tests/soak tests/e2e -m soak -s
+	$(BIN)/python -m pytest tests/soak tests/e2e tests/contract -m soak -s
 
 bench: setup
 	$(BIN)/python -m benchmarks.gateway

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import pytest
 
 from modelpool.process import READY_FD, Announcement, NotStarted, Ready
 from tests.contract.worker_process import TOKEN, eventually, running_worker
@@ -78,6 +79,7 @@ def running_manager(home: Path, store_url: str) -> Iterator[ManagerProcess]:
             yield manager
 
 
+@pytest.mark.parametrize("store_url", ["postgresql", pytest.param("sqlite", marks=pytest.mark.soak)], indirect=True)
 def test_the_older_of_two_managers_changes_nothing(store_url: str, tmp_path: Path) -> None:
     link = tmp_path / "control.sock"
     with running_manager(tmp_path / "first", store_url) as first:

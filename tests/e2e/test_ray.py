@@ -65,6 +65,7 @@ def test_the_manager_actor_dies_and_requests_and_registrations_stay(ray_pool: Ra
     ray_pool.remove("acknowledged")
 
 
+@pytest.mark.soak
 def test_a_replica_dies_and_its_successor_adopts_the_gateway(ray_pool: RayPool, alias: str) -> None:
     gateway = ray_pool.one("modelpool: gateway")
     with Load(ray_pool.url, alias, ray_pool.key) as load:
@@ -83,6 +84,7 @@ def test_a_replica_dies_and_its_successor_adopts_the_gateway(ray_pool: RayPool, 
     assert ray_pool.http.base_url.port == int(ray_pool.url.rsplit(":", 1)[1])
 
 
+@pytest.mark.soak
 def test_a_node_that_joins_gets_a_gateway_and_one_that_is_lost_takes_nothing_along(
     ray_pool: RayPool, alias: str
 ) -> None:
