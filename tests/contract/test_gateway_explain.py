@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from modelpool.messages.explain import Explanation, Outcome, Role
+from modelpool.messages.requests import Finished, FinishedRequests
 from tests.contract.test_gateway_metrics import node, until, value
 from tests.contract.test_gateway_passing import EVENT_STREAM, NOT_BEGUN, Upstream
 from tests.contract.test_gateway_process import Gateway
@@ -148,3 +149,36 @@ async def test_another_process_tells_of_what_runs_and_of_what_died_with_its_proc
         await one.process.wait()
         told = await explained(two, "mine")
         assert (told.outcome, told.instance) == (Outcome.LOST, "m")
+
+
+async def finished(world: World, after: str) -> FinishedRequests:
+    client = await world.connect()
+    answer = await client.ask(request("GET", f"/admin/requests?ended_after={after}"))
+    client.close()
+    assert answer.status == 200
+    return msgspec.json.decode(answer.body, type=FinishedRequests)
+
+
+@on_uvloop
+async def test_what_became_of_the_latest_requests_can_be_asked_for_again_and_again_without_a_gap() -> None:
+    async with serving(Upstream()) as one, gateway(entry("m", [one])) as world:
+        until = (await finished(world, "inf")).until
+        seen: list[Finished] = []
+        for _ in range(5):
+            assert (await world.ask(chat())).status == 200
+            news = await finished(world, repr(until))
+            assert news.complete_since <= until
+            seen, until = [*seen, *news.requests], news.until
+        async with asyncio.timeout(5):
+            while len(seen) < 5:
+                news = await finished(world, repr(until))
+                seen, until = [*seen, *news.requests], news.until
+        assert [(each.model, each.status) for each in seen] == [("m", 200)] * 5
+        assert [each.ended for each in seen] == sorted({each.ended for each in seen})
+        assert all(each.service_s and each.first_byte_s and each.first_byte_s <= each.service_s < 5 for each in seen)
+
+        client = await world.connect()
+        answer = await client.ask(request("GET", "/admin/requests?ended_after=soon"))
+        client.close()
+        assert answer.status == 422
+        assert b"`ended_after`: must be a number of seconds, got 'soon'" in answer.body

@@ -309,3 +309,28 @@ def test_a_start_is_explained_by_its_phases(fake_pool: PoolProcess) -> None:
     assert late.returncode == 1
     assert "no instance of cli-late has started: it is " in late.stderr
     fake_pool.remove("cli-late")
+
+
+def test_what_a_pool_does_is_recorded_and_can_be_simulated(fake_pool: PoolProcess, tmp_path: Path) -> None:
+    fake_pool.register("taped", fake=True, fake_delay_ms=50)
+    fake_pool.wait_active("taped")
+    trace = tmp_path / "trace.csv"
+    command = [*CLI, "record", "--for", "60s", str(trace)]
+    with subprocess.Popen(command, env=environment(fake_pool.home), stdout=subprocess.PIPE, text=True) as recording:
+        eventually(trace.exists, 30, lambda: "a trace")
+
+        def is_recorded() -> bool:
+            body = {"model": "taped", "prompt": "x"}
+            assert fake_pool.http.post("/v1/completions", json=body).status_code == 200
+            return "taped" in trace.read_text()
+
+        eventually(is_recorded, 30, lambda: "a request in the trace")
+        recording.send_signal(signal.SIGINT)
+        said, _ = recording.communicate(timeout=30)
+    assert recording.returncode == 0
+    assert f"in {trace}" in " ".join(said.split())
+    assert "taped" in (tmp_path / "trace.pool.yaml").read_text()
+    simulated = run(fake_pool, "simulate", str(trace), "--json")
+    assert simulated.returncode == 0, simulated.stderr
+    assert json.loads(simulated.stdout)["ladder"]["answered"] > 0
+    assert run(fake_pool, "record", "--for", "soon", str(trace)).returncode == 2

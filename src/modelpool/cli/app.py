@@ -19,11 +19,13 @@ from rich.markup import escape
 
 from modelpool import __version__
 from modelpool.cli.chat import Chat, converse, say
-from modelpool.cli.client import PoolClient, Trouble, fail
+from modelpool.cli.client import PoolClient, Trouble, fail, report
 from modelpool.cli.command import program
 from modelpool.cli.models_file import BadFile, read_as, read_models
 from modelpool.cli.plan import Step, lines, patch, plan
+from modelpool.cli.record import recorded, scenario_of_pool, seconds_of, writing
 from modelpool.cli.simulate import (
+    SCENARIO_SUFFIX,
     arrivals_of,
     figures_table,
     picture,
@@ -51,8 +53,8 @@ from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, SettingsError, load, to_environ
 from modelpool.simulator.policies import Named
-from modelpool.simulator.scenario import ScenarioError
-from modelpool.simulator.trace import TraceError, generate
+from modelpool.simulator.scenario import ScenarioError, write_scenario
+from modelpool.simulator.trace import TraceError, generate, write_rows, write_trace
 
 app = typer.Typer(
     name="modelpool",
@@ -517,6 +519,33 @@ def explain_start_command(alias: str, url: UrlOption = None, json: JsonOption = 
             console.print()
         console.print(f"{each.instance} on {each.worker_id}", markup=False, highlight=False, soft_wrap=True)
         console.print(phases_table(each), soft_wrap=True)
+
+
+@app.command("record")
+def record_command(
+    trace: Annotated[Path, typer.Argument(help="The CSV file to write; what models cost goes beside it.")],
+    for_: Annotated[str, typer.Option("--for", help="How long: 90s, 10m, 2h.")] = "10m",
+    url: UrlOption = None,
+) -> None:
+    """Write what requests a pool finishes, and when, to a trace for `simulate`; nothing of what they say."""
+    try:
+        for_s = seconds_of(for_)
+    except ValueError:
+        fail(f"--for={for_!r} is no time such as 90s, 10m or 2h.", code=2)
+    count, missed = 0, False
+    with _client(url) as client, writing(trace) as file:
+        write_trace(file, ())
+        try:
+            for arrivals, some_missed in recorded(client, for_s):
+                write_rows(file, arrivals)
+                count, missed = count + len(arrivals), missed or some_missed
+        except KeyboardInterrupt:
+            pass
+        status = client.status()
+        write_scenario(trace.with_suffix(SCENARIO_SUFFIX), scenario_of_pool(status.models, status.workers))
+    print(f"{count:,} requests in {trace}, what their models cost in {trace.with_suffix(SCENARIO_SUFFIX)}")
+    if missed:
+        report("more requests came than the gateway remembers: some are not in it")
 
 
 @app.command("simulate")

@@ -22,6 +22,7 @@ from modelpool.messages.dump import Dump, Loaded
 from modelpool.messages.explain import Explanation
 from modelpool.messages.keys import KeyMade, KeyView
 from modelpool.messages.models import ModelSpec
+from modelpool.messages.requests import FinishedRequests
 from modelpool.pool_address import local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings, pool_url
@@ -123,6 +124,10 @@ class PoolClient:
     def load(self, dump: Dump, *, restore: bool) -> Loaded:
         body, params = msgspec.to_builtins(dump), {"restore": str(restore).lower()}
         return self._decoded(self._request("POST", "/admin/load", json=body, params=params), Loaded)
+
+    def finished(self, ended_after: float) -> FinishedRequests:
+        answer = self._request("GET", "/admin/requests", params={"ended_after": repr(ended_after)})
+        return self._decoded(answer, FinishedRequests)
 
     def make_key(self, body: dict[str, Any]) -> KeyMade:
         return self._decoded(self._request("POST", "/admin/keys", json=body), KeyMade)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from urllib.parse import unquote_to_bytes
+from urllib.parse import parse_qs, unquote_to_bytes
 
 import msgspec
 
 from modelpool import __version__
-from modelpool.errors import PoolError
+from modelpool.errors import InvalidBody, PoolError
 from modelpool.gateway.auth import Access
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.control import Control
@@ -110,6 +110,8 @@ class GatewayApp:
             client.answer(200, text, content_type=content_type)
         elif route.kind is Kind.EXPLAIN:
             _answer(client, self._observers.explain(unquote_to_bytes(route.path)))
+        elif route.kind is Kind.FINISHED:
+            _answer(client, await self._observers.finished(_ended_after(request.query)))
         elif route.kind is Kind.PREFLIGHT:
             assert self._cors is not None
             client.answer(200, b"", self._cors.preflight(request), content_type="text/plain")
@@ -156,6 +158,17 @@ class GatewayApp:
 
 def _answer(client: ClientConnection, value: object) -> None:
     client.answer(200, msgspec.json.encode(value))
+
+
+def _ended_after(query: bytes) -> float:
+    """Raises InvalidBody."""
+    values = parse_qs(query[1:].decode("latin-1")).get("ended_after", ["0"])
+    try:
+        return float(values[-1])
+    except ValueError:
+        raise InvalidBody(
+            f"`ended_after`: must be a number of seconds, got {values[-1][:80]!r}.", param="ended_after"
+        ) from None
 
 
 def _text(path: bytes) -> str:

@@ -28,6 +28,8 @@ class Kind(Enum):
     HEALTH = auto()
     METRICS = auto()
     EXPLAIN = auto()
+    FINISHED = auto()
+    """What became of the latest requests."""
     INDEX = auto()
     PREFLIGHT = auto()
     """A browser asks whether a page may send a request."""
@@ -72,6 +74,7 @@ INFERENCE = _inference_routes()
 _LOCAL = {
     b"/": Route(Kind.INDEX, Scope.OPEN, b"/"),
     b"/health": Route(Kind.HEALTH, Scope.OPEN, b"/health"),
+    b"/admin/requests": Route(Kind.FINISHED, Scope.ADMIN, b"/admin/requests"),
     b"/metrics": Route(Kind.METRICS, Scope.ADMIN, b"/metrics"),
     b"/openapi.json": Route(Kind.CONTROL, Scope.INFERENCE, b"/openapi.json"),
     b"/v1/models": Route(Kind.MODELS, Scope.INFERENCE, b"/v1/models"),

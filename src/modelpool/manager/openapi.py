@@ -67,6 +67,7 @@ def document(app: FastAPI) -> Json:
     paths["/v1/models"] = {"get": _operation("All registered models")}
     paths["/v1/models/{id}"] = {"get": _operation("A registered model", ["id"])}
     paths["/admin/explain/{id}"] = {"get": _operation("What was decided for a recent request", ["id"])}
+    paths["/admin/requests"] = {"get": _operation("What became of the latest requests")}
     paths["/metrics"] = {"get": _operation("Prometheus metrics")}
     paths["/"] = {"get": _operation("What this is")}
     for operations in paths.values():

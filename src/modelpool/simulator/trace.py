@@ -75,8 +75,13 @@ def read_trace(path: Path) -> list[Arrival]:
 
 
 def write_trace(file: TextIO, arrivals: Iterable[Arrival]) -> None:
+    file.write(",".join(COLUMNS) + "\n")
+    write_rows(file, arrivals)
+
+
+def write_rows(file: TextIO, arrivals: Iterable[Arrival]) -> None:
+    """More of them."""
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(COLUMNS)
     for each in arrivals:
         values = (getattr(each, name) for name in COLUMNS)
         rows.writerow(round(value, 6) if isinstance(value, float) else value for value in values)

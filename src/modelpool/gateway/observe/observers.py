@@ -31,12 +31,15 @@ from modelpool.gateway.shared import Node
 from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.table import Table
 from modelpool.messages.explain import Explanation
+from modelpool.messages.requests import Finished, FinishedRequests
 from modelpool.process import StartupError
 from modelpool.settings import GatewaySettings
 
 if TYPE_CHECKING:  # traces cost a quarter of a second of imports
     from modelpool.gateway.observe.tracing import Tracing
 
+_WRITTEN_S = 0.01
+"""What ended this long ago is in the shared memory, whichever process it is of."""
 _TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 SAY_S = 1.0
 """How often a process says what others cannot see of it."""
@@ -100,6 +103,13 @@ class Observers:
         alive = self.metrics.serves_since(slot) <= record.accepted
         return explain(record, slot=slot, alive=alive, now=now, wall=time.time())
 
+    async def finished(self, after: float) -> FinishedRequests:
+        """What all gateways of this node still know of requests for models that ended after this moment."""
+        until = monotonic() - _WRITTEN_S
+        records = await asyncio.to_thread(self._recent.ended_within, after, until)
+        requests = tuple(_finished(each) for each in records if each.alias)
+        return FinishedRequests(until=until, complete_since=self._recent.complete_since(), requests=requests)
+
     async def expose(self, accept: str) -> tuple[str, bytes]:
         """The content type that suits `accept`, and the metrics of all gateways of this node."""
         self._node.reap()
@@ -148,6 +158,19 @@ def _tracing(endpoint: str, slot: int) -> Tracing:
         ) from error
     # With the variable for traces alone, the SDK goes there.
     return Tracing(otlp("" if os.environ.get(_TRACES_ENDPOINT) else endpoint), slot=slot)
+
+
+def _finished(record: Record) -> Finished:
+    sent = record.sent
+    return Finished(
+        model=record.alias,
+        accepted=record.accepted,
+        ended=record.ended,
+        status=record.status,
+        wait_s=round(record.waited, 6),
+        first_byte_s=round(record.first_byte - sent, 6) if sent and record.first_byte else None,
+        service_s=round(record.ended - sent, 6) if sent else None,
+    )
 
 
 def _not_known(id_: bytes, since: float | None, now: float) -> RequestNotKnown:

@@ -56,6 +56,18 @@ class Recent:
         found = [each for slot in self._slots() for each in self._find_in(slot, id_)]
         return max(found, key=lambda each: each.record.accepted, default=None)
 
+    def ended_within(self, after: float, until: float) -> list[Record]:
+        """All that ended after one moment and until another (monotonic), oldest first. Takes milliseconds."""
+        kept = (
+            self._read(slot, number) for slot in self._slots() for number in range(min(RECORDS, self._counts[slot]))
+        )
+        return sorted((each for each in kept if each and after < each.ended <= until), key=lambda each: each.ended)
+
+    def complete_since(self) -> float:
+        """Of requests accepted before this moment some may have been written over."""
+        oldest = (self._oldest(slot) for slot in self._slots() if self._counts[slot] > RECORDS)
+        return max((each.accepted for each in oldest if each), default=0.0)
+
     def since(self) -> float | None:
         """All requests accepted after this moment, on the monotonic clock, are there. None if none ever was."""
         oldest = {slot: record for slot in self._slots() if (record := self._oldest(slot))}
