@@ -47,7 +47,7 @@ def test_a_registration_is_answered_once_the_gateways_can_be_told(tmp_path: Path
             body = {"alias": "m", "fake": True}
             registering = asyncio.create_task(pool.http.post("/admin/models/register", json=body))
             while not (await pool.http.get("/admin/models")).json()["models"]:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
             assert not registering.done()
             await worker_registers(pool, "1")
             assert (await registering).status_code == 200

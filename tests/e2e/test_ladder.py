@@ -193,7 +193,8 @@ def test_a_new_manager_knows_what_was_learned_what_was_changed_and_who_rests(idl
     pool.one("modelpool: manager").kill()
     late = {"alias": "late", "fake": True}
     eventually(lambda: pool.http.post("/admin/models/register", json=late).is_success, 60, lambda: "registered")
-    assert ask(pool, "late") == 200  # at once: the gateway knows it
+    answer = pool.http.post("/v1/completions", json={"model": "late", "prompt": "x"}, timeout=60)
+    assert answer.status_code == 200, answer.text  # at once: the gateway knows it
     assert pool.status()["epoch"] != epoch
     rests = pool.model("rests")
     assert (rests["state"], rests["instances"]) == ("UNLOADED", [])

@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 _SUBSCRIBER_BACKLOG = 256
 _TELL_S = 0.5
+_BACK_S = 1.0
+"""Gateways that followed the manager before this one are back within half of it."""
 _WATCH_RETRY_S = 1.0
 _FIRST_START_ONLY = ("fetch", "import")
 _ASKED_FOR = 0.8
@@ -126,6 +128,8 @@ class Manager:
         self._changed = asyncio.Event()
         self._acted = asyncio.Event()
         self._recovered = asyncio.Event()
+        self._followed = asyncio.Event()
+        self._alone_until = 0.0
         self._recollection = Recollection(store)
         self._writing = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
@@ -149,6 +153,7 @@ class Manager:
         self._awaited, self._last_known = await self._store.workers(), await self._store.last_known()
         self._ask_until = now + _ASKED_FOR * recovery_s
         self._pool = core.Pool(policy=policy, awaited=frozenset(self._awaited), recover_until=now + recovery_s)
+        self._alone_until = now + _BACK_S if self._awaited else now
         experience = await self._recollection.recall()
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
@@ -386,6 +391,9 @@ class Manager:
         # The gateways are told before its user is: their first request may come at once. While this manager still waits
         # for its workers it tells them nothing.
         await self._recovered.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._alone_until - _now()):
+                await self._followed.wait()
         await self._told_gateways()
         return self._view(spec.alias)
 
@@ -708,6 +716,7 @@ class Manager:
         try:
             for update in whole:
                 yield update
+            self._followed.set()
             while queue in self._subscribers or not queue.empty():
                 try:
                     async with asyncio.timeout(KEEPALIVE_S):
