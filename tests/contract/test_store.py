@@ -139,11 +139,11 @@ def test_of_two_that_begin_a_new_store_at_once_each_has_its_turn(store_url: str)
             return store.epoch
 
     async def story() -> None:
-        epochs = await asyncio.gather(*(begin(number) for number in range(3)))
+        epochs = await asyncio.gather(*(begin(number) for number in range(6)))
         assert len({cluster_of(epoch) for epoch in epochs}) == 1
-        assert sorted(number_of(epoch) for epoch in epochs) == [1, 2, 3]
+        assert sorted(number_of(epoch) for epoch in epochs) == [1, 2, 3, 4, 5, 6]
         async with open_store(store_url) as store:
-            assert len(await store.models()) == 3
+            assert len(await store.models()) == 6
 
     asyncio.run(story())
 

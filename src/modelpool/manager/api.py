@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelpool.control_http import answer, body_schema, render_errors
+from modelpool.control_http import answer, body_schema, error_response, render_errors
 from modelpool.errors import BodyTooLarge, ManagerAway
 from modelpool.manager.openapi import change_schema, document
 from modelpool.manager.port import ManagerPort
@@ -25,9 +27,33 @@ MAX_SPEC_BYTES = 256 << 10
 """It travels with every order and every heartbeat."""
 
 
+class _ToldAtTheEnd:
+    """ASGI middleware: a request that is cut off because this process ends is answered so, not with a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answered = False
+
+        async def passing(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, passing)
+        except asyncio.CancelledError:
+            if answered:
+                raise
+            error = ManagerAway("The manager is ending. It may have been carried out all the same.", retry_after=1.0)
+            await error_response(error)(scope, receive, send)
+
+
 def control_app(manager: ManagerPort) -> FastAPI:
     """Every route of the control plane. Who may call is decided by whoever serves it."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.add_middleware(_ToldAtTheEnd)
     render_errors(app)
     _add_model_routes(app, manager)
     _add_worker_routes(app, manager)

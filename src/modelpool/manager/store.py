@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar, cast
 
+import aiosqlite
 import asyncpg
 import msgspec
 import sqlalchemy as sa
@@ -395,10 +397,23 @@ def _engine(url: str, answer_s: float) -> AsyncEngine:
 
 def _configure_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None  # transactions begin where we say so, and have CREATE TABLE in them too
+    connection.run_async(_write_ahead)
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
+
+
+async def _write_ahead(connection: aiosqlite.Connection) -> None:
+    """WAL. While another connection changes a new file's mode, SQLite says `locked` at once, whatever its timeout."""
+    for pause_s in (*[0.02] * 50, None):
+        try:
+            await connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if pause_s is None or error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            await asyncio.sleep(pause_s)
+        else:
+            return
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
