@@ -284,6 +284,19 @@ async def test_what_cannot_be_routed_is_said_in_the_way_that_is_left() -> None:
         (b"\x81\xff" + (1 << 40).to_bytes(8, "big") + b"1234", 1009),
         (Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True), 1000),
     ],
+    ids=[
+        "no model",
+        "model is no text",
+        "no object",
+        "no JSON",
+        "no UTF-8",
+        "too long",
+        "not masked",
+        "reserved bits",
+        "unknown opcode",
+        "too large",
+        "closed",
+    ],
 )
 @on_uvloop
 async def test_first_frames_that_name_no_model_end_it(sent: bytes, close_code: int) -> None:
