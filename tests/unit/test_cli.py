@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from modelpool import __version__
 from modelpool.cli.app import app
 from modelpool.cli.chat import Chat, converse
-from modelpool.cli.client import Trouble, report, sentence
+from modelpool.cli.client import Trouble
 from modelpool.cli.command import command, program
 from modelpool.cli.listing import natural
+from modelpool.cli.output import report, sentence
 from modelpool.cli.tables import devices_text, instances_table, models_table, phases_table, progress_text
 from modelpool.cli.waiting import News, has_failed, is_ready
 from modelpool.core.lifecycle import InstanceState

@@ -1,4 +1,4 @@
-"""The command line: `modelpool up | worker | register | rm | ls | status | chat | logs`."""
+"""The command line, `modelpool`: commands/ parses and prints, the rest does what they need."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from modelpool.cli.client import PoolClient, Trouble, report
+from modelpool.cli.client import PoolClient, Trouble
+from modelpool.cli.output import report
 
 _PROMPT = "> "
 _ENDS = ("/bye", "/exit")

@@ -7,14 +7,11 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
-import typer
-from rich.console import Console
-from rich.markup import escape
 
 from modelpool.cli.command import program
 from modelpool.messages.admin import ModelView, PoolStatus
@@ -44,26 +41,6 @@ class Trouble(Exception):
         self.message = message
         self.hint = hint
         self.code = code
-
-
-def fail(message: str, hint: str = "", *, code: int = 1) -> NoReturn:
-    """Say what is wrong and what to do about it, and end."""
-    report(message, hint)
-    raise typer.Exit(code)
-
-
-def report(message: str, hint: str = "") -> None:
-    """Say on standard error what is wrong and what to do about it. The message gets its full stop here."""
-    console = Console(stderr=True)
-    console.print(f"[red]error:[/] {escape(sentence(message))}", highlight=False, soft_wrap=True, emoji=False)
-    if hint:
-        console.print(f"[dim]{escape(hint)}[/]", highlight=False, soft_wrap=True)
-
-
-def sentence(text: str) -> str:
-    """With one full stop at its end, whatever ended it before."""
-    text = text.rstrip()
-    return text if text.endswith(("?", "!", "…")) else f"{text.rstrip('.')}."
 
 
 class PoolClient:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from modelpool.cli.client import PoolClient, fail
+from modelpool.cli.client import PoolClient
+from modelpool.cli.output import fail
 from modelpool.core.learned import ANYWHERE
 from modelpool.core.placement import GB
 from modelpool.messages.admin import LearnedView, ModelView, WorkerView

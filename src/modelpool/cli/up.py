@@ -49,7 +49,7 @@ class Screen(Protocol):
         """An interrupt came; it takes a while."""
 
 
-async def up(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
+async def run_pool(settings: Settings, screen: Screen, *, with_demo: bool) -> None:
     """Run a pool until SIGINT or SIGTERM. Raises StartupError with a reason and what to do about it."""
     # Also out of the process list: a key given as a flag. The environment stays readable for its run id.
     os.environ.setdefault("SPT_NOENV", "1")

@@ -1,0 +1,1 @@
+"""The commands. Each parses its options, does one thing, and prints it for people or, with --json, for programs."""
