@@ -20,8 +20,7 @@ demo: setup
 	@$(BIN)/python scripts/demo.py
 
 test: setup
-	$(BIN)/python -m pytest tests/unit tests/contract -m "not soak" --numprocesses=2 --dist=loadfile --durations=10
-	$(BIN)/python -m pytest tests/e2e -m "not soak" --durations=10
+	$(BIN)/python -m pytest -m "not soak" --numprocesses=2 --no-loadscope-reorder --durations=15
 
 check: setup
 	$(BIN)/ruff check .

@@ -3,14 +3,34 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.postgres import Postgres, running_postgres
 
 if TYPE_CHECKING:
     from tests.ray_pool import RayPool
+
+
+class Schedule(LoadFileScheduling):  # type: ignore[misc]
+    """Over several processes by file, in their order; but real engines are in one of them, and Ray is in one."""
+
+    TOGETHER: ClassVar = {
+        "engine": ("docs", "engine_aborts", "parity", "real_engine", "sleep", "vllm_engine"),
+        "ray": ("manager_port", "ray"),
+    }
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        subject = Path(file).stem.removeprefix("test_")
+        return next((name for name, subjects in self.TOGETHER.items() if subject in subjects), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Schedule:
+    return Schedule(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -325,7 +325,7 @@ def test_what_a_pool_does_is_recorded_and_can_be_simulated(fake_pool: PoolProces
             return "taped" in trace.read_text()
 
         eventually(is_recorded, 30, lambda: "a request in the trace")
-        recording.send_signal(signal.SIGINT)
+        recording.send_signal(signal.SIGTERM)
         said, _ = recording.communicate(timeout=30)
     assert recording.returncode == 0
     assert f"in {trace}" in " ".join(said.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ def record(
         for_s = seconds_of(for_)
     except ValueError:
         fail(f"--for={for_!r} is no time such as 90s, 10m or 2h.", code=2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     count, missed = 0, False
     with client_of(url) as client, writing(trace) as file:
         write_trace(file, ())
