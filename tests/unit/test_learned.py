@@ -22,6 +22,7 @@ from modelpool.core.learned import (
     typical,
 )
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.placement import GB
 from modelpool.core.pool import ModelRegistered, OrderAnswered, Pool, Tick, WorkerGone, WorkerLeft, at_rest
 from tests.unit.test_ladder import POLICY, asked, heard, model, play, report, told, up
 
@@ -111,6 +112,12 @@ def test_memory_that_is_measured_again_and_again_is_learned_when_it_changes() ->
     for now, held in ((10, 4.0), (20, 4.1), (30, 4.15), (40, 5.0), (50, 4.95)):
         pool, _ = play((now, heard(report("a", held=held))), pool=pool)
     assert learned_of(pool, What.HELD_AWAKE) == (4e9, 5e9)
+
+
+def test_the_machines_memory_is_learned_where_a_device_does_not_tell_what_is_held_of_it() -> None:
+    silent = replace(report("a", held=0), host_bytes=6 * GB)
+    pool, _ = play((10, heard(silent)), (20, heard(silent)), pool=up("a"))
+    assert learned_of(pool, What.HELD_ON_HOST_AWAKE) == (6e9,)
 
 
 def test_a_download_is_no_part_of_what_a_start_takes() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from modelpool.cli.app import app
@@ -74,6 +75,30 @@ def test_sleep_is_enough_to_give_way_where_it_leaves_enough() -> None:
     outcome = Simulation(scenario, trace, policy=POLICY).run()
     assert waits(outcome)[1:] == pytest.approx([0.4 + 10, 0.4 + 2], abs=SLACK)
     assert (outcome.swaps, outcome.sleeps, outcome.wakes) == (2, {1: 0, 2: 2}, {1: 0, 2: 1})
+
+
+@pytest.mark.parametrize(("host_gb", "sleeps"), [(None, {1: 1, 2: 0}), (3, {1: 1, 2: 0}), (2, {1: 0, 2: 1})])
+def test_level_1_needs_room_in_the_machines_memory(host_gb: float | None, sleeps: dict[int, int]) -> None:
+    costs = replace(COSTS, held_on_host_gb=(1.0, 1.5, 0.2))
+    scenario = Scenario(workers=(WorkerKind(device_gb=10, host_gb=host_gb),), default=costs)
+    trace = [Arrival(time=0, model="a"), Arrival(time=30, model="b")]
+    outcome = Simulation(scenario, trace, policy=POLICY).run()
+    assert outcome.sleeps == sleeps
+    assert waits(outcome)[1] == pytest.approx(0.3 + 10, abs=SLACK)
+
+
+def test_where_the_machine_is_the_device_its_memory_is_not_counted_twice() -> None:
+    costs = replace(COSTS, held_on_host_gb=(6.0, 1.5, 0.2))
+    scenario = Scenario(workers=(WorkerKind(device_gb=10, host_gb=10, accelerated=False),), default=costs)
+    trace = [Arrival(time=0, model="a"), Arrival(time=30, model="b")]
+    assert Simulation(scenario, trace, policy=POLICY).run().sleeps == {1: 1, 2: 0}
+
+
+def test_what_rests_at_first_is_started_by_its_first_request() -> None:
+    scenario = Scenario(workers=ONE, default=replace(COSTS, resting=True))
+    outcome = Simulation(scenario, [Arrival(time=0, model="a"), Arrival(time=20, model="a")], policy=POLICY).run()
+    assert waits(outcome) == pytest.approx([10, 0], abs=SLACK)
+    assert outcome.starts == 1
 
 
 def test_without_sleep_each_turn_is_a_start_and_without_turns_there_are_more_of_them() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -11,6 +12,7 @@ from typing import TextIO
 from modelpool.cli.client import PoolClient
 from modelpool.cli.output import fail
 from modelpool.core.learned import ANYWHERE
+from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB
 from modelpool.messages.admin import LearnedView, ModelView, WorkerView
 from modelpool.messages.requests import Finished
@@ -18,6 +20,7 @@ from modelpool.simulator.scenario import ModelCosts, Scenario, WorkerKind
 from modelpool.simulator.trace import Arrival
 
 POLL_S = 1.0
+_REMEMBERED, _KEPT = 1000, 50
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -63,17 +66,54 @@ def _arrival(request: Finished, begun: float) -> Arrival:
     )
 
 
-def scenario_of_pool(models: Iterable[ModelView], workers: Iterable[WorkerView]) -> Scenario:
-    """What a running pool has, and has learned of its models so far; defaults where it has learned nothing."""
-    kinds = tuple(
-        WorkerKind(devices=len(each.devices), device_gb=round(min(one.total_bytes for one in each.devices) / GB, 3))
-        for each in workers
-        if each.alive and each.devices
+class Services:
+    """How long instances worked on requests, by model: of each the latest thousand."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+
+    def add(self, arrivals: Iterable[Arrival]) -> None:
+        """Of those that were answered."""
+        for each in arrivals:
+            if each.service_s is not None and each.status == 200:
+                self._seconds[each.model].append(each.service_s)
+
+    def of(self, alias: str) -> tuple[float, ...]:
+        """Some of them that stand for all."""
+        ordered = sorted(self._seconds[alias])
+        step = max(1, len(ordered) // _KEPT)
+        return tuple(round(each, 4) for each in ordered[step // 2 :: step])
+
+
+def at_rest(models: Iterable[ModelView]) -> frozenset[str]:
+    """The models that are unloaded, and not on their way up."""
+    return frozenset(each.alias for each in models if each.state is InstanceState.UNLOADED and not each.wanted)
+
+
+def scenario_of_pool(
+    models: Iterable[ModelView], workers: Iterable[WorkerView], services: Services, resting: Collection[str]
+) -> Scenario:
+    """What a running pool has, and has learned of its models so far; defaults where it has learned nothing.
+
+    `resting`: the models that were unloaded when the recording began.
+    """
+    kinds = tuple(_kind(each) for each in workers if each.alive and each.devices)
+    costs = {each.alias: _costs(each, services.of(each.alias), resting=each.alias in resting) for each in models}
+    return Scenario(workers=kinds or Scenario().workers, models=costs)
+
+
+def _kind(worker: WorkerView) -> WorkerKind:
+    accelerated = any(each.kind != "cpu" for each in worker.devices)
+    host = worker.host if accelerated else None
+    return WorkerKind(
+        devices=len(worker.devices),
+        device_gb=_gb(min(each.total_bytes for each in worker.devices)),
+        accelerated=accelerated,
+        host_gb=None if host is None else _gb(host.total_bytes),
     )
-    return Scenario(workers=kinds or Scenario().workers, models={each.alias: _costs(each) for each in models})
 
 
-def _costs(model: ModelView) -> ModelCosts:
+def _costs(model: ModelView, services: tuple[float, ...], *, resting: bool) -> ModelCosts:
     usual, spec = ModelCosts(), model.spec
     seen = {each.what: each for each in model.learned if each.worker_id == ANYWHERE}
 
@@ -81,24 +121,33 @@ def _costs(model: ModelView) -> ModelCosts:
         return _drawn(seen[what]) if what in seen else default
 
     def held(what: str, default: float) -> float:
-        return round(seen[what].typical / GB, 3) if what in seen else default
+        return _gb(seen[what].typical) if what in seen else default
 
+    weights = max((_gb(each.weights_bytes) for each in model.instances), default=0.0)
+    on_host = [held(f"held_on_host_{where}", 0.0) for where in ("awake", "1", "2")]
     return ModelCosts(
         memory_gb=held("held_awake", usual.memory_gb) if spec.gpu_memory_gb is None else spec.gpu_memory_gb,
         devices=spec.tensor_parallel_size,
         capacity=spec.capacity or usual.capacity,
         held_gb=(held("held_1", usual.held_gb[0]), held("held_2", usual.held_gb[1])),
+        held_on_host_gb=(on_host[0], max(on_host[1], weights), on_host[2]),
         start_s=times("start", usual.start_s),
         stop_s=times("unload", usual.stop_s),
         sleep_s=(times("sleep_1", usual.sleep_s[0]), times("sleep_2", usual.sleep_s[1])),
         wake_s=(times("wake_1", usual.wake_s[0]), times("wake_2", usual.wake_s[1])),
+        service_s=services or usual.service_s,
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
         pinned=spec.pinned,
+        resting=resting,
         idle_sleep_1_s=spec.idle_sleep_1_s,
         idle_sleep_2_s=spec.idle_sleep_2_s,
         idle_unload_s=spec.idle_unload_s,
     )
+
+
+def _gb(bytes_: float) -> float:
+    return round(bytes_ / GB, 3)
 
 
 def _drawn(seen: LearnedView) -> tuple[float, ...]:

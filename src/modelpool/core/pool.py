@@ -463,9 +463,11 @@ def _seen(known: Instance, report: Report, now: float) -> Iterator[tuple[What, f
             yield What.START, max(0.0, took - report.aside_s)
         elif known.woken_from:
             yield learning.WAKE[known.woken_from], took
-        elif known.state is InstanceState.ACTIVE and report.held_bytes != known.held_bytes:
-            yield What.HELD_AWAKE, report.held_bytes  # measured once it takes requests
-            yield What.HELD_ON_HOST_AWAKE, report.host_bytes
+        elif known.state is InstanceState.ACTIVE:  # measured once it takes requests; not all devices tell
+            if report.held_bytes != known.held_bytes:
+                yield What.HELD_AWAKE, report.held_bytes
+            if report.host_bytes != known.host_bytes:
+                yield What.HELD_ON_HOST_AWAKE, report.host_bytes
     elif (level := sleep_level(report.state)) in learning.SLEEP and report.state is not known.state:
         yield learning.SLEEP[level], report.slept_s
         yield learning.HELD[level], report.held_bytes

@@ -248,6 +248,7 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
         sleep_levels=report.sleep_levels if report else (),
         pss_bytes=report.pss_bytes if report else 0,
         device_bytes=report.device_bytes if report else 0,
+        weights_bytes=instance.weights_bytes,
         last_sleep=report.last_sleep if report else None,
         last_wake=report.last_wake if report else None,
         phases=report.phases if report else (),

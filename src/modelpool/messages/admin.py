@@ -29,6 +29,7 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     """Of its process tree, when it was last measured."""
     device_bytes: int = 0
     """And what it held of each of its devices then."""
+    weights_bytes: int = 0
     last_sleep: LevelChange | None = None
     last_wake: LevelChange | None = None
     phases: tuple[StartPhase, ...] = ()

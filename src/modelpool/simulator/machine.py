@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.placement import GB
+from modelpool.core.placement import GB, HOST
 from modelpool.core.pool import Device, Report, WorkerReported
 from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake
 from modelpool.simulator.clock import Clock
 from modelpool.simulator.engine import Engine
-from modelpool.simulator.scenario import ENGINE, ModelCosts, drawn
+from modelpool.simulator.scenario import ENGINE, ModelCosts, WorkerKind, drawn
 
 S = InstanceState
 _ASLEEP = {S.SLEEP_1: 1, S.SLEEP_2: 2}
@@ -41,7 +41,7 @@ class Machine:
     def __init__(
         self,
         worker_id: str,
-        devices: tuple[Device, ...],
+        kind: WorkerKind,
         clock: Clock,
         *,
         draw: random.Random,
@@ -51,7 +51,7 @@ class Machine:
     ) -> None:
         self.worker_id = worker_id
         self.engines: dict[str, Engine] = {}
-        self._devices = devices
+        self._kind = kind
         self._clock = clock
         self._draw = draw
         self._drain_s = drain_s
@@ -69,6 +69,8 @@ class Machine:
                 devices=each.devices,
                 memory_bytes=_bytes(each.costs.memory_gb),
                 held_bytes=_held(each) if each.state in _ASLEEP else 0,
+                host_bytes=self._held_on_host(each),
+                weights_bytes=_weights(each),
                 capacity=each.costs.capacity,
                 levels=(1, 2) if each.costs.sleeps else (),
                 slept_s=each.slept_s,
@@ -80,6 +82,7 @@ class Machine:
             worker_id=self.worker_id,
             incarnation="1",
             devices=tuple(self._shown()),
+            host=self._host(),
             engines={ENGINE: ""},
             reports=reports,
         )
@@ -191,21 +194,41 @@ class Machine:
 
     def _shown(self) -> Iterator[Device]:
         """Memory of a start is not seen before its end."""
-        for device in self._devices:
-            used = sum(_held(each) for each in self.engines.values() if device.index in each.devices)
-            yield Device(
-                index=device.index,
-                kind=device.kind,
-                total_bytes=device.total_bytes,
-                free_bytes=device.total_bytes - used,
-            )
+        for index in range(self._kind.devices):
+            used = sum(_held(each) for each in self.engines.values() if index in each.devices)
+            yield _device(index, "cuda" if self._kind.accelerated else "cpu", self._kind.device_gb, used)
+
+    def _host(self) -> Device | None:
+        if self._kind.host_gb is None or not self._kind.accelerated:
+            return None
+        return _device(HOST, "cpu", self._kind.host_gb, sum(map(self._held_on_host, self.engines.values())))
+
+    def _held_on_host(self, engine: Engine) -> int:
+        if not self._kind.accelerated or engine.state is S.STARTING:
+            return 0
+        return _bytes(engine.costs.held_on_host_gb[_ASLEEP.get(_settled(engine), 0)])
 
 
 def _held(engine: Engine) -> int:
-    state = engine.woken_from if engine.state is S.WAKING else engine.state
+    state = _settled(engine)
     if state is S.STARTING:
         return 0
     return _bytes(engine.costs.held_gb[_ASLEEP[state] - 1] if state in _ASLEEP else engine.costs.memory_gb)
+
+
+def _settled(engine: Engine) -> S:
+    """What it holds is that of this state."""
+    return engine.woken_from if engine.state is S.WAKING else engine.state
+
+
+def _weights(engine: Engine) -> int:
+    _, level_1, level_2 = engine.costs.held_on_host_gb
+    return _bytes(max(0.0, level_1 - level_2))
+
+
+def _device(index: int, kind: str, size_gb: float, used: int) -> Device:
+    total = _bytes(size_gb)
+    return Device(index=index, kind=kind, total_bytes=total, free_bytes=total - used)
 
 
 def _bytes(gigabytes: float) -> int:

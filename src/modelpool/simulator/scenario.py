@@ -21,9 +21,9 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from modelpool.core.learned import ANYWHERE, HELD, SLEEP, WAKE, Learned, What, measure
+from modelpool.core.learned import ANYWHERE, HELD, HELD_ON_HOST, SLEEP, WAKE, Learned, What, measure
 from modelpool.core.placement import GB
-from modelpool.core.pool import Device, Model
+from modelpool.core.pool import Model
 from modelpool.simulator.trace import Arrival
 
 Seconds = Annotated[float, Meta(ge=0)]
@@ -38,17 +38,25 @@ class ScenarioError(Exception):
 
 
 class WorkerKind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """So many equal workers."""
+    """So many equal workers.
+
+    `accelerated`: its devices have memory of their own, beside which `host_gb` is the machine's; None where that never
+    is too little. Else the machine is its one device.
+    """
 
     count: Annotated[int, Meta(ge=1)] = 1
     devices: Annotated[int, Meta(ge=1)] = 1
     device_gb: Annotated[float, Meta(gt=0)] = 80.0
+    accelerated: bool = True
+    host_gb: Annotated[float, Meta(gt=0)] | None = None
 
 
 class ModelCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of one model. Memory is on each of its devices. Steps last from the order until the manager hears of their end.
 
     `held_gb`, `sleep_s`, `wake_s`: at level 1 and level 2. A sleep begins when requests in flight have ended.
+    `held_on_host_gb`: of the machine's memory, awake and at both levels; level 1 has the weights more than level 2.
+    `resting`: the trace begins with it unloaded; else it is brought up at first.
     """
 
     memory_gb: Gigabytes = 16.0
@@ -57,6 +65,7 @@ class ModelCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Requests that an instance runs at once; more of them queue there."""
     sleeps: bool = True
     held_gb: tuple[Gigabytes, Gigabytes] = (1.0, 1.0)
+    held_on_host_gb: tuple[Gigabytes, Gigabytes, Gigabytes] = (0.0, 0.0, 0.0)
     start_s: Times = 20.0
     stop_s: Times = 2.0
     sleep_s: tuple[Times, Times] = (0.5, 0.5)
@@ -71,6 +80,7 @@ class ModelCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     min_replicas: Annotated[int, Meta(ge=0)] | None = None
     max_replicas: Annotated[int, Meta(ge=1)] | None = None
     pinned: bool = False
+    resting: bool = False
     idle_sleep_1_s: Seconds | None = None
     idle_sleep_2_s: Seconds | None = None
     idle_unload_s: Seconds | None = None
@@ -87,10 +97,12 @@ class ModelCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def learned(self) -> Learned:
         """As a pool knows them that has run each of these steps."""
         amounts = {What.START: self.start_s, What.UNLOAD: self.stop_s}
+        amounts[HELD_ON_HOST[0]] = self.held_on_host_gb[0] * GB
         for level in (1, 2) if self.sleeps else ():
             amounts[SLEEP[level]] = self.sleep_s[level - 1]
             amounts[WAKE[level]] = self.wake_s[level - 1]
             amounts[HELD[level]] = self.held_gb[level - 1] * GB
+            amounts[HELD_ON_HOST[level]] = self.held_on_host_gb[level] * GB
         return {(ANYWHERE, what): measure(_all(times)) for what, times in amounts.items()}
 
     def model(self, alias: str, number: int) -> Model:
@@ -122,10 +134,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """All models, those of the scenario first."""
         return list(dict.fromkeys([*self.models, *(each.model for each in arrivals)]))
 
-    def machines(self) -> list[tuple[str, tuple[Device, ...]]]:
-        """The workers' names and devices."""
+    def machines(self) -> list[tuple[str, WorkerKind]]:
+        """The workers, and what they are called."""
         kinds = [kind for kind in self.workers for _ in range(kind.count)]
-        return [(f"worker-{number}", _devices(kind)) for number, kind in enumerate(kinds, start=1)]
+        return [(f"worker-{number}", kind) for number, kind in enumerate(kinds, start=1)]
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -148,8 +160,3 @@ def _all(times: Times) -> tuple[float, ...]:
 
 def drawn(times: Times, draw: random.Random) -> float:
     return draw.choice(_all(times))
-
-
-def _devices(kind: WorkerKind) -> tuple[Device, ...]:
-    total = int(kind.device_gb * GB)
-    return tuple(Device(index=index, kind="cuda", total_bytes=total, free_bytes=total) for index in range(kind.devices))

@@ -107,14 +107,14 @@ class Simulation:
         self._machines = {
             name: Machine(
                 name,
-                devices,
+                kind,
                 self._clock,
                 draw=self._draw,
                 drain_s=gateway.drain_s,
                 tally=self._tally,
                 changed=self._report_soon,
             )
-            for name, devices in scenario.machines()
+            for name, kind in scenario.machines()
         }
         self._reporting: set[str] = set()
         # The gateway.
@@ -131,7 +131,9 @@ class Simulation:
         """Until every request was answered or told why not."""
         for number, alias in enumerate(self._scenario.aliases(self._arrivals)):
             costs = self._scenario.costs(alias)
-            self._pool = apply(self._pool, ModelRegistered(costs.model(alias, number), costs.learned()), 0.0)
+            self._pool = apply(
+                self._pool, ModelRegistered(costs.model(alias, number), costs.learned(), costs.resting), 0.0
+            )
         for machine in self._machines.values():
             self._pool = apply(self._pool, machine.report(), 0.0)
         self._happens(Tick())

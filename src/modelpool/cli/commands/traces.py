@@ -10,7 +10,7 @@ import typer
 
 from modelpool.cli.options import ConfigOption, JsonOption, UrlOption, assignments, client_of, settings_of
 from modelpool.cli.output import fail, report, show
-from modelpool.cli.record import recorded, scenario_of_pool, seconds_of, writing
+from modelpool.cli.record import Services, at_rest, recorded, scenario_of_pool, seconds_of, writing
 from modelpool.cli.simulate import (
     SCENARIO_SUFFIX,
     arrivals_of,
@@ -38,15 +38,18 @@ def record(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     count, missed = 0, False
     with client_of(url) as client, writing(trace) as file:
+        services, resting = Services(), at_rest(client.status().models)
         write_trace(file, ())
         try:
             for arrivals, some_missed in recorded(client, for_s):
                 write_rows(file, arrivals)
+                services.add(arrivals)
                 count, missed = count + len(arrivals), missed or some_missed
         except KeyboardInterrupt:
             pass
         status = client.status()
-        write_scenario(trace.with_suffix(SCENARIO_SUFFIX), scenario_of_pool(status.models, status.workers))
+        scenario = scenario_of_pool(status.models, status.workers, services, resting)
+        write_scenario(trace.with_suffix(SCENARIO_SUFFIX), scenario)
     print(f"{count:,} requests in {trace}, what their models cost in {trace.with_suffix(SCENARIO_SUFFIX)}")
     if missed:
         report("more requests came than the gateway remembers: some are not in it")
