@@ -91,9 +91,9 @@ def eventually(look: Callable[[], T | None]) -> T:
     raise TimeoutError(f"not within {_DEADLINE_S:g} s")
 
 
-def first_token(http: httpx.Client) -> float | None:
+def first_token(http: httpx.Client, alias: str = demo.ALIAS) -> float | None:
     """When the first token came (of the monotonic clock); None where it is not served yet."""
-    with http.stream("POST", "/v1/completions", json={"model": demo.ALIAS, **_BODY}) as answer:
+    with http.stream("POST", "/v1/completions", json={"model": alias, **_BODY}) as answer:
         if answer.status_code in (404, 503):
             return None
         if answer.status_code != 200:
@@ -169,9 +169,10 @@ def _client(url: str, token: str = "") -> httpx.Client:
 
 
 class Pool:
-    """A pool that knows the demo model, seen from outside."""
+    """A pool, seen from outside: what it does with one model, the demo where nothing else is said."""
 
     def __init__(self, run_id: str, gateway: httpx.Client, worker: httpx.Client) -> None:
+        self.alias = demo.ALIAS
         self.gateway = gateway
         self.worker = worker
         self._run_id = run_id
@@ -179,18 +180,18 @@ class Pool:
     def first_token(self) -> float:
         """Seconds to the first token of a request through the gateway, which waits for what it must."""
         began = time.monotonic()
-        came = first_token(self.gateway)
+        came = first_token(self.gateway, self.alias)
         if came is None:
             raise RuntimeError(f"no answer: {self.model()}")
         return came - began
 
     def model(self) -> dict[str, Any]:
-        view: dict[str, Any] = self.gateway.get(f"/admin/models/{demo.ALIAS}").json()
+        view: dict[str, Any] = self.gateway.get(f"/admin/models/{self.alias}").json()
         return view
 
     def sleep(self, level: int) -> None:
         """Return once it is at that level (3: UNLOADED), and the manager knows that nobody asks for it."""
-        answer = self.worker.post(f"/instances/{demo.ALIAS}/sleep", json={"level": level})
+        answer = self.worker.post(f"/instances/{self.alias}/sleep", json={"level": level})
         answer.raise_for_status()
         state = {1: "SLEEP_1", 2: "SLEEP_2", 3: "UNLOADED"}[level]
 
@@ -201,7 +202,7 @@ class Pool:
         eventually(settled)
 
     def phases(self) -> tuple[StartPhase, ...]:
-        report = self.worker.get(f"/instances/{demo.ALIAS}").json()
+        report = self.worker.get(f"/instances/{self.alias}").json()
         return msgspec.convert(report["phases"], tuple[StartPhase, ...])
 
     def spares(self) -> list[psutil.Process]:
@@ -214,13 +215,13 @@ class Pool:
 
 
 @contextmanager
-def pool(folder: Path) -> Iterator[Pool]:
-    """One whose forkserver has imported the engine, and that knows no model yet."""
+def pool(folder: Path, **environ: str) -> Iterator[Pool]:
+    """One whose forkserver has imported the engine, with a home in `folder`: at first it knows no model."""
     run_id = f"bench-{secrets.token_hex(6)}"
     home = folder / "home"
     command = ["-m", "modelpool.cli", "up", "--json", "--no-demo", "--port", "0", "--worker-port", "0"]
     environment = {"MODELPOOL_HOME": str(home), "MODELPOOL_RUN_ID": run_id, "MODELPOOL_ENGINES": "vllm"}
-    with process(command, folder / "pool.log", environment) as up, ExitStack() as stack:
+    with process(command, folder / "pool.log", {**environment, **environ}) as up, ExitStack() as stack:
         assert up.stdout is not None
         url = next((said["url"] for line in up.stdout if (said := json.loads(line))["event"] == "ready"), None)
         if url is None:

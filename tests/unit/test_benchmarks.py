@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from benchmarks import cold_start, controller, costs, processes
+from benchmarks import caches, cold_start, controller, costs, processes, simulator
 from benchmarks.hold import Connection
 from benchmarks.machine import Machine
 from benchmarks.pace import Pace
@@ -18,6 +18,7 @@ from benchmarks.picture import picture
 from benchmarks.report import DIRECT, USUAL, Load, Memory, Results, Row, aims, best, report, table
 
 from modelpool.messages.engine import StartPhase
+from modelpool.simulator.trace import Arrival
 
 
 def row(router: str, load: Load = Load.PLAIN, connections: int = 0, **figures: float) -> Row:
@@ -242,6 +243,43 @@ def test_cold_starts_are_held_to_their_bounds_by_medians() -> None:
 def test_phases_of_several_starts_go_together() -> None:
     first, second = (StartPhase("fork", 0.1), StartPhase("app", 0.2)), (StartPhase("fork", 0.3),)
     assert cold_start.by_name([first, second]) == {"fork": [0.1, 0.3], "app": [0.2]}
+
+
+def test_a_piece_of_a_trace_is_scaled_and_spread() -> None:
+    trace = [Arrival(time=each / 10, tokens_in=each, tokens_out=1) for each in range(20_000)]
+    part = simulator.piece(trace, 300.0)
+    assert len(part) == simulator.SPAN_S * 10 / simulator.EVERY
+    assert part[0] == Arrival(time=0.0, model=part[0].model, tokens_in=3000, tokens_out=1)
+    assert 0.95 * simulator.PLAYED_S < part[-1].time < simulator.PLAYED_S
+    assert len({each.model for each in part}) == simulator.MODELS
+
+
+def test_waits_are_foretold_where_both_quantiles_are_near() -> None:
+    measured = simulator.waits([0.0, 0.05, 1.0, 2.0, 10.0])
+    assert (measured.requests, measured.waited, measured.p50, measured.p95) == (5, 3, 2.0, 10.0)
+    usual = simulator.Results(
+        when="2026-01-01 00:00",
+        commit="abc",
+        machine=Machine(cores=2, processor="a processor", python="3.11", others=0.25),
+        trace="trace.csv",
+        fitted=measured,
+        fitted_again=measured,
+        measured=measured,
+        foretold=simulator.waits([0.0, 0.05, 1.0, 2.4, 9.0]),
+        starts=1.0,
+        wakes=2.0,
+    )
+    assert usual.off == pytest.approx({"p50": 0.2, "p95": -0.1, "p95_of_all": -0.1})
+    assert "+20% (p50), -10% (p95), -10% (p95 of all): within 25%." in " ".join(simulator.report(usual).split())
+    late = msgspec.structs.replace(usual, foretold=simulator.waits([0.0, 0.05, 1.0, 2.6, 9.0]))
+    assert ": not within 25%." in " ".join(simulator.report(late).split())
+
+
+def test_where_most_of_a_start_went_is_said() -> None:
+    starts = [(2.0, (StartPhase("fork", 0.1), StartPhase("weights", 1.5))), (1.0, (StartPhase("weights", 0.7),))]
+    last = caches.report({"on the disk": starts}, "about").splitlines()[-1]
+    assert [each.strip() for each in last.split("|")[1:3]] == ["on the disk", "1.50"]
+    assert "weights 1.10, fork 0.10" in last
 
 
 def test_the_controller_thinks_for_milliseconds_whatever_happens() -> None:
