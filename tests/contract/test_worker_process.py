@@ -18,6 +18,7 @@ from modelpool.process import Announcement, NotStarted
 from tests.contract.worker_process import (
     TOKEN,
     Control,
+    Json,
     WorkerProcess,
     complete,
     eventually,
@@ -243,6 +244,18 @@ def test_settings_of_no_use_are_named(tmp_path: Path, variable: str, value: str)
 
 
 # ------------------------------------------------------------ its manager
+
+
+def test_that_nothing_is_left_of_a_dead_host_is_told_at_once_too(tmp_path: Path) -> None:
+    control, slow = Control(), {"MODELPOOL_HEARTBEAT_INTERVAL": "600"}
+    with serving_control(control), running_worker(tmp_path, MANAGER_URL=control.url, **slow) as worker:
+        os.kill(worker.start("m")["pid"], signal.SIGKILL)
+
+        def last() -> Json | None:
+            (report,) = control.heartbeats[-1]["instances"]
+            return report if report["state"] == "FAILED" and report["pid"] is None else None
+
+        eventually(last)
 
 
 def test_every_change_is_told_at_once(tmp_path: Path) -> None:

@@ -150,6 +150,18 @@ def test_a_refused_sleep_leaves_it_as_it_was_and_is_tried_later() -> None:
     assert told(effects) == [("sleep 1", "a")]
 
 
+def test_a_level_that_is_refused_for_good_is_left_out_until_the_next_start() -> None:
+    refusal = OrderRefused(("w", "a"), "it has no level 1", permanent=True)
+    pool, effects = play((100, heard(report("a"))), (100, refusal), (105, Tick()), pool=up("a"))
+    assert told(effects) == [("sleep 2", "a")]
+    assert pool.instances["w", "a"].refuses == {1: "it has no level 1"}
+    refusal = OrderRefused(("w", "a"), "nor 2", permanent=True)
+    pool, effects = play((105, refusal), (110, heard(report("a"))), pool=pool)
+    assert told(effects) == [("stop", "a")]  # as an engine that cannot sleep
+    pool, _ = play((111, heard()), (300, asked(a=1)), (301, heard(report("a"))), pool=pool)
+    assert pool.instances["w", "a"].levels == (1, 2)
+
+
 def test_who_waits_takes_the_place_of_who_is_idle_once_that_has_given_its_memory_back() -> None:
     pool, effects = play((1, ModelRegistered(model("b"))), pool=up("a"))
     assert effects == ()  # nobody asks for it: nobody gives way

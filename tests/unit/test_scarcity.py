@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from modelpool.core.availability import on_its_way
 from modelpool.core.demand import Seen
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB, HOST
@@ -97,6 +98,21 @@ def test_what_failed_holds_nothing_and_waits_for_room_like_anybody() -> None:
     # The other one gives way to it only where somebody waits.
     _, effects = play((20, asked("m")), pool=pool)
     assert told(effects) == [("Sleep", "other on w")]
+
+
+def test_what_is_left_of_one_that_failed_is_memory_on_its_way_back() -> None:
+    pool, _ = play((0, ModelRegistered(model())), (0, heard()), (1, heard(report(), free=4)))
+    dead = failed("killed by signal 9 (SIGKILL)", at=2)
+    pool, _ = play((2, heard(replace(dead, ending=True), free=4)), (2, asked("m")), pool=pool)
+    pool, effects = play((3, Tick()), pool=pool)
+    assert effects == ()
+    assert "memory that is being given back" in pool.shortages["m"]
+    assert on_its_way(pool, "m", 3)
+    waits, _ = play((3.5, heard(dead, free=4)), (4, Tick()), pool=pool)  # gone, and it was not what took the memory
+    assert not on_its_way(waits, "m", 4)
+    pool, _ = play((3.5, heard(dead)), pool=pool)
+    _, effects = play((4, Tick()), pool=pool)
+    assert told(effects) == [("Start", "m on w")]
 
 
 def test_what_failed_again_is_started_on_another_worker() -> None:

@@ -17,7 +17,7 @@ from modelpool.core.demand import Demand, Seen, forgotten, heard, unheard
 from modelpool.core.learned import Learned, What
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.placement import Need, Room
-from modelpool.core.scaling import ScalingPolicy, Step, Wish
+from modelpool.core.scaling import LEVEL, ScalingPolicy, Step, Wish
 
 if TYPE_CHECKING:  # it is made of what is here
     from modelpool.core.ledger import Ledger
@@ -127,7 +127,9 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """The sleep level that it is being woken from, by an order."""
     capacity: int = 1
     levels: tuple[int, ...] = ()
-    """The sleep levels that its engine has."""
+    """The sleep levels that its engine has, without those that it `refuses`."""
+    refuses: Mapping[int, str] = {}
+    """Sleep levels that are not asked of it again until its next start, since it said that it never will; and why."""
     held_bytes: int = 0
     """On each of its devices, as it was measured last; awake it may take up to `memory_bytes`."""
     host_bytes: int = 0
@@ -146,6 +148,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     permanent: bool = False
     """Its last start failed for a reason that lies in the model as it is registered."""
+    ending: bool = False
+    """It has failed, and what is left of it may still hold its memory."""
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,6 +204,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     state: InstanceState
     reason: str = ""
     permanent: bool = False
+    ending: bool = False
+    """It has failed, and not all of its processes have ended."""
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
     held_bytes: int = 0
@@ -531,6 +537,7 @@ def _merge(
         idle_since=now,
         reason=report.reason,
         permanent=report.permanent,
+        ending=report.ending,
         starting_since=now,
         active_since=now,
         failures=history.failures if history else 0,
@@ -542,6 +549,8 @@ def _merge(
     merged = replace(
         seen,
         stopping=known.stopping,
+        levels=tuple(level for level in seen.levels if level not in known.refuses),
+        refuses=known.refuses,
         ordered_at=known.ordered_at,
         starting_since=known.starting_since,
         active_since=known.active_since if known.state is InstanceState.ACTIVE else now,
@@ -567,7 +576,7 @@ def _merge(
         return replace(merged, failures=0) if stable else merged
     if report.changed_at <= known.failed_at:
         # The failure that was answered with a new order already: the order is on its way, or waits for its time.
-        return replace(known, missing=0)
+        return replace(known, missing=0, ending=report.ending and has_failed(known))
     return _failed(policy, merged, report.reason, now, at=report.changed_at)
 
 
@@ -624,9 +633,16 @@ def _refused(pool: Pool, event: OrderRefused, now: float) -> Pool:
     if instance is None or instance.stopping:
         return pool
     if instance.order is not Step.NONE:
-        return put(pool, event.key, replace(instance, order=Step.NONE, state=instance.ordered_in))
+        as_it_was = replace(instance, order=Step.NONE, state=instance.ordered_in)
+        level = LEVEL.get(instance.order) if event.permanent else None
+        return put(pool, event.key, as_it_was if level is None else _without_level(as_it_was, level, event.reason))
     refused = replace(instance, permanent=event.permanent)
     return put(pool, event.key, _failed(pool.policy, refused, event.reason, now))
+
+
+def _without_level(instance: Instance, level: int, reason: str) -> Instance:
+    levels = tuple(each for each in instance.levels if each != level)
+    return replace(instance, levels=levels, refuses={**instance.refuses, level: reason})
 
 
 def _time_passed(pool: Pool, now: float) -> Pool:

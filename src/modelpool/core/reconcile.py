@@ -633,7 +633,8 @@ def _is_moving(instance: Instance) -> bool:
 
 
 def _leaving(instance: Instance) -> bool:
-    return instance.stopping or instance.order in (Step.SLEEP_1, Step.SLEEP_2) or instance.state is _DRAINING
+    asleep_soon = instance.order in (Step.SLEEP_1, Step.SLEEP_2) or instance.state is _DRAINING
+    return instance.stopping or instance.ending or asleep_soon
 
 
 def _returning(instance: Instance, index: int) -> int:
@@ -641,6 +642,8 @@ def _returning(instance: Instance, index: int) -> int:
     if not _leaving(instance):
         return 0
     if index == HOST:
+        if instance.ending:
+            return instance.host_bytes
         return on_host(instance).bytes if instance.stopping or instance.order is Step.SLEEP_2 else 0
     return instance.memory_bytes if index in instance.devices else 0
 

@@ -797,6 +797,7 @@ def _report(report: InstanceReport, *, beside_host: bool) -> core.Report:
         state=report.state,
         reason=report.reason,
         permanent=report.permanent,
+        ending=report.ending,
         devices=report.devices,
         memory_bytes=report.memory_bytes,
         held_bytes=report.device_bytes,

@@ -238,7 +238,7 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
         worker_id=instance.worker_id,
         state=instance.state,
         sleep_level_value=sleep_level(instance.state),
-        reason=instance.reason,
+        reason=instance.reason or "; ".join(instance.refuses.values()),
         progress=report.progress if report and report.state is instance.state else None,
         failures=instance.failures,
         permanent=instance.permanent and instance.failures > 0,

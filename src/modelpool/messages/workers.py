@@ -93,6 +93,7 @@ class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
     pid: int | None = None
+    """None once nothing of it is left."""
     changed_at: float = 0.0
     sleep_levels: tuple[int, ...] = ()
     """Those that its engine has, of 1 and 2."""
@@ -105,6 +106,11 @@ class InstanceReport(msgspec.Struct, frozen=True, kw_only=True):
     last_wake: LevelChange | None = None
     phases: tuple[StartPhase, ...] = ()
     """Where the time of its start went."""
+
+    @property
+    def ending(self) -> bool:
+        """It has failed, and what is left of it may still hold its memory."""
+        return self.state is InstanceState.FAILED and self.pid is not None
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

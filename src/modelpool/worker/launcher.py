@@ -128,9 +128,9 @@ class Launcher:
         forkserver = self._forkservers[instance.model.engine]
         await forkserver.ready()
         imported = time.monotonic()
-        async with forked_host(forkserver, instance.name) as host:
-            instance.attach(host)
-            try:
+        try:
+            async with forked_host(forkserver, instance.name) as host:
+                instance.attach(host)
                 loaded = await self._load(instance, host, path, log_, log_start)
                 deadline.reschedule(None)
                 ready = time.monotonic()
@@ -149,8 +149,8 @@ class Launcher:
                     ),
                 )
                 await self._serve(instance, host, log_)
-            finally:
-                instance.detach()
+        finally:
+            instance.detach()
 
     async def _load(self, instance: Instance, host: Host, path: str, log_: InstanceLog, log_start: int) -> Loaded:
         """Raises StartFailed."""

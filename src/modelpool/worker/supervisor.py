@@ -326,6 +326,7 @@ class Supervisor:
             instance.fail("the worker made a mistake; its log says which")
         if instance.stop_asked.is_set() and instance.state is not InstanceState.ABSENT:
             self._end(instance)
+        self.changed.set()  # what it held is free by now
 
     def _end(self, instance: Instance) -> None:
         """It was stopped, and all of it is gone."""
