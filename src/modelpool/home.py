@@ -169,9 +169,10 @@ class Home:
             except BlockingIOError:
                 text = file.read().strip()
                 raise AlreadyRunning(name, int(text) if text.isdigit() else None) from None
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
+            pid = str(os.getpid()).encode()
+            with contextlib.suppress(OSError):  # it is for people, and the disk may be full
+                os.pwrite(file.fileno(), pid, 0)
+                os.ftruncate(file.fileno(), len(pid))
             found, boot = os.fstat(file.fileno()), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             yield f"{boot}:{found.st_dev}:{found.st_ino}"
 

@@ -13,12 +13,13 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Policy
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import Manager, running_manager
-from modelpool.manager.store import Deposed, Store, StoreError, open_store
+from modelpool.manager.store import Deposed, Holder, Store, StoreError, open_store
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
 from modelpool.messages.workers import Address, InstanceReport, RegisterWorker, WorkerInfo
@@ -49,10 +50,12 @@ class World:
 
 
 @asynccontextmanager
-async def running_world(url: str, lease_s: float = 10.0, recovery_s: float = 0.01) -> AsyncIterator[World]:
+async def running_world(
+    url: str, lease_s: float = 10.0, recovery_s: float = 0.01, holder: Holder = ME
+) -> AsyncIterator[World]:
     async with open_store(url, answer_s=min(5.0, lease_s / 3)) as store:
         async with running_manager(
-            store, policy=Policy(), token="t", run_id="r", recovery_s=recovery_s, holder=ME, lease_s=lease_s
+            store, policy=Policy(), token="t", run_id="r", recovery_s=recovery_s, holder=holder, lease_s=lease_s
         ) as manager:
             transport = httpx.ASGITransport(app=control_app(manager))
             async with httpx.AsyncClient(transport=transport, base_url="http://manager") as http:
@@ -108,6 +111,19 @@ async def go_on_without(url: str, out: AbstractAsyncContextManager[None]) -> Non
 
 def test_while_the_file_is_locked_there_are_no_orders_and_it_comes_back_by_itself(tmp_path: Path) -> None:
     asyncio.run(go_on_without(f"sqlite:///{tmp_path}/s.db", sqlite_out(tmp_path / "s.db")))
+
+
+def test_who_is_alone_gives_orders_while_the_file_is_locked(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running_world(f"sqlite:///{tmp_path}/s.db", lease_s=0.5, holder=replace(ME, alone=True)) as world:
+            async with sqlite_out(tmp_path / "s.db"):
+                await world.until(_is(world.store.trouble.is_set))
+                assert world.manager.lease.valid
+                assert (await world.register("during")).status_code == 503
+            await world.until(_is(lambda: not world.store.trouble.is_set()))
+            assert (await world.register("after")).status_code == 200
+
+    asyncio.run(story())
 
 
 def test_while_postgresql_is_out_there_are_no_orders_and_it_comes_back_by_itself() -> None:

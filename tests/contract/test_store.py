@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from msgspec.structs import replace
 
 from modelpool.core.epoch import cluster_of, number_of
 from modelpool.manager import tables
@@ -246,6 +249,55 @@ def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path:
             with pytest.raises(StoreError, match="full"):
                 await store.add_model(big, 2)
             assert [each.spec.alias for each in await store.models()] == ["a"]
+
+    asyncio.run(story())
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file takes any more, of whichever part of this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_who_is_alone_holds_a_store_that_cannot_be_written_to_and_says_so_later(tmp_path: Path) -> None:
+    async def story() -> None:
+        url = file(tmp_path / "s.db")
+        async with open_store(url) as before, open_store(url) as store:
+            await before.take_over(ME)
+            await before.add_model(spec("a"), 1)
+            with full_disk():
+                with pytest.raises(StoreError, match="cannot be used"):
+                    await store.take_over(ME)
+                await store.take_over(replace(ME, alone=True))
+                assert number_of(store.epoch) == number_of(before.epoch) + 1
+                assert [each.spec.alias for each in await store.models()] == ["a"]
+                with pytest.raises(StoreError, match="cannot be used"):
+                    await store.add_model(spec("b"), 2)
+            await store.add_model(spec("b"), 2)
+            await store.renew()
+            with pytest.raises(Deposed):
+                await before.renew()
+        async with held(url) as after:
+            assert number_of(after.epoch) == number_of(store.epoch) + 1
+            assert [each.spec.alias for each in await after.models()] == ["a", "b"]
+
+    asyncio.run(story())
+
+
+def test_who_thought_to_be_alone_and_was_not_is_told(tmp_path: Path) -> None:
+    async def story() -> None:
+        url = file(tmp_path / "s.db")
+        async with open_store(url) as store:
+            with full_disk():
+                await store.take_over(replace(ME, alone=True))
+            async with held(url, OTHER):
+                with pytest.raises(Deposed):
+                    await store.renew()
 
     asyncio.run(story())
 

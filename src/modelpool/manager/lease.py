@@ -19,18 +19,30 @@ _RETRY_S = 0.5
 class Lease:
     """Not valid once the store has been out of reach for longer than it lasts, or this process has been stopped.
 
-    `back` is awaited when the store can be used again after it could not: what it was sent last may have been done.
+    `alone`: valid until another manager shows in the store all the same (Holder). `back` is awaited when the store can
+    be used again after it could not: what it was sent last may have been done.
     """
 
-    def __init__(self, store: Store, lease_s: float, *, back: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, store: Store, lease_s: float, *, alone: bool, back: Callable[[], Awaitable[None]]) -> None:
         self._store = store
         self._lease_s = lease_s
+        self._alone = alone
         self._back = back
         self._until = 0.0
 
     @property
     def valid(self) -> bool:
-        return _now() < self._until
+        return self._alone or _now() < self._until
+
+    async def begin(self) -> None:
+        """Raises Deposed, and StoreError where nobody could be sure of it."""
+        try:
+            await self.renew()
+        except Deposed:
+            raise
+        except StoreError:
+            if not self._alone:
+                raise
 
     async def renew(self) -> None:
         """Raises Deposed, StoreError."""
@@ -65,7 +77,8 @@ class Lease:
                 raise
             except StoreError as error:
                 if not told:
-                    log.warning("no orders while the store is out: %s", error)
+                    without = "nothing is kept" if self._alone else "no orders"
+                    log.warning("%s while the store is out: %s", without, error)
                 told = True
                 self._store.trouble.set()
                 await asyncio.sleep(_RETRY_S)

@@ -81,9 +81,10 @@ async def running_manager(
     """A manager that holds the store, knows what it knows, and acts. On the way out its tasks have ended; instances
     run on. Raises Deposed when another manager takes over.
     """
-    await store.take_over(holder or Holder(id=secrets.token_hex(8), name=f"process {os.getpid()}"), lease_s)
+    holder = holder or Holder(id=secrets.token_hex(8), name=f"process {os.getpid()}")
+    await store.take_over(holder, lease_s)
     client = WorkerClient(token, epoch=lambda: store.epoch)
-    manager = Manager(store, client, lease_s=lease_s, run_id=run_id, gateways=gateways)
+    manager = Manager(store, client, lease_s=lease_s, alone=holder.alone, run_id=run_id, gateways=gateways)
     try:
         await manager.recall(policy, recovery_s)
         async with asyncio.TaskGroup() as tasks:
@@ -111,11 +112,18 @@ class Manager:
     """The embedded implementation of ManagerPort. Use `running_manager`."""
 
     def __init__(
-        self, store: Store, client: WorkerClient, *, lease_s: float, run_id: str, gateways: tuple[str, ...]
+        self,
+        store: Store,
+        client: WorkerClient,
+        *,
+        lease_s: float,
+        alone: bool,
+        run_id: str,
+        gateways: tuple[str, ...],
     ) -> None:
         self._store = store
         self._client = client
-        self.lease = Lease(store, lease_s, back=self._reread)
+        self.lease = Lease(store, lease_s, alone=alone, back=self._reread)
         self._run_id = run_id
         self._gateways = gateways
         self._pool = core.Pool()
@@ -147,7 +155,7 @@ class Manager:
 
     async def recall(self, policy: core.Policy, recovery_s: float) -> None:
         """Read the store. Workers known from before are awaited, so that what they run is adopted, not doubled."""
-        await self.lease.renew()
+        await self.lease.begin()
         await self._keys.recall()
         now = _now()
         self._awaited, self._last_known = await self._store.workers(), await self._store.last_known()

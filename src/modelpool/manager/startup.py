@@ -7,6 +7,8 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from msgspec.structs import replace
+
 from modelpool.home import Home, open_private
 from modelpool.manager.manager import Manager, running_manager
 from modelpool.manager.policy import policy_of
@@ -23,6 +25,7 @@ async def manager_of(
     if not url:
         open_private(home.store, "ab").close()  # before SQLite makes it; what it makes beside it is alike
         url = f"sqlite:///{home.store}"
+        holder = replace(holder, alone=True)  # the lock is in that home too
     async with open_store(url) as store:
         async with running_manager(
             store,

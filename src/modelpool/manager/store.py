@@ -111,11 +111,13 @@ def _description(row: sa.Row[Any]) -> WorkerDescription | None:
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A manager process. No two that live at once have the same `id`: what held the store under it has ended.
 
-    `name` is for people: host and process.
+    `name` is for people: host and process. `alone`: as long as it lives a lock keeps every other manager of the store
+    out, so that nothing need be written for it to be the one.
     """
 
     id: str
     name: str
+    alone: bool = False
 
 
 class _Held(msgspec.Struct, frozen=True):
@@ -132,6 +134,8 @@ class Store:
         self._cluster = ""
         self._number = 0
         self._lease_s = LEASE_S
+        self._unwritten: Holder | None = None
+        """Who holds it here, where that could not be written yet."""
         self.trouble = asyncio.Event()
         """Set when a write failed: whether it was done is not known. Whoever looks into it clears it."""
         # Transactions that were given up: the driver still waits for a database that says nothing.
@@ -145,8 +149,22 @@ class Store:
         return epoch_of(self._cluster, self._number)
 
     async def take_over(self, holder: Holder, lease_s: float = LEASE_S) -> None:
-        """Hold the store, as soon as whoever held it has let its lease run out. Raises StoreInUse, StoreError."""
+        """Hold the store, as soon as whoever held it has let its lease run out. Raises StoreInUse, StoreError.
+
+        Where it cannot be written to, who is alone holds it all the same: what it writes first says so.
+        """
         self._lease_s = lease_s
+        try:
+            await self._take_over(holder)
+        except StoreInUse:
+            raise
+        except StoreError as error:
+            if not holder.alone:
+                raise
+            await self._within(self._take_unwritten(holder))
+            log.warning("the store can be read only: %s", error)
+
+    async def _take_over(self, holder: Holder) -> None:
         give_up: float | None = None
         while held := await self._within(self._take(holder)):
             now = asyncio.get_running_loop().time()
@@ -159,8 +177,7 @@ class Store:
 
     async def _take(self, holder: Holder) -> _Held | None:
         """Who holds it; None: it is ours now."""
-        row = tables.cluster.c
-        free = sa.or_(row.holder == holder.id, row.lease_until <= _clock())
+        row, free = tables.cluster.c, _is_free_for(holder)
         mine = {"epoch": row.epoch + 1, "holder": holder.id, "held_by": holder.name}
         taken = sa.update(tables.cluster).where(free).values(**mine, lease_until=_clock() + self._lease_s)
         async with _transaction(self._engine) as connection:
@@ -170,6 +187,14 @@ class Store:
                 return None
             other = (await connection.execute(sa.select(row.held_by, row.lease_until - _clock()))).one()
             return _Held(other[0], max(0.0, other[1]))
+
+    async def _take_unwritten(self, holder: Holder) -> None:
+        query = sa.select(tables.cluster.c.cluster, tables.cluster.c.epoch).where(_is_free_for(holder))
+        async with _transaction(self._engine) as connection:
+            known = (await connection.execute(query)).first()
+        if known is None:
+            raise StoreInUse("The store is in use by another manager, and cannot be written to.")
+        self._cluster, self._number, self._unwritten = known.cluster, known.epoch + 1, holder
 
     async def renew(self) -> None:
         """Hold the store for another lease. Raises Deposed, StoreError."""
@@ -296,11 +321,15 @@ class Store:
         except BaseException:
             self.trouble.set()
             raise
+        self._unwritten = None
 
     async def _make_sure(self, connection: AsyncConnection) -> None:
         """This manager holds the store until the end of the transaction: the row stays locked. Raises Deposed."""
-        mine = sa.update(tables.cluster).where(tables.cluster.c.epoch == self._number)
-        held = await connection.execute(mine.values(lease_until=_clock() + self._lease_s))
+        written, values = self._number, {}
+        if (new := self._unwritten) is not None:
+            written, values = self._number - 1, {"epoch": self._number, "holder": new.id, "held_by": new.name}
+        mine = sa.update(tables.cluster).where(tables.cluster.c.epoch == written)
+        held = await connection.execute(mine.values(**values, lease_until=_clock() + self._lease_s))
         if held.rowcount == 0:
             raise Deposed(f"Another manager has taken over from this one, which had epoch {self.epoch}.")
 
@@ -330,6 +359,11 @@ class Store:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._answer_s):
                 await self._engine.dispose()
+
+
+def _is_free_for(holder: Holder) -> sa.ColumnElement[bool]:
+    row = tables.cluster.c
+    return sa.or_(row.holder == holder.id, row.lease_until <= _clock())
 
 
 def _model_row(model: StoredModel) -> dict[str, Any]:
