@@ -10,14 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import ray
 
@@ -223,35 +220,3 @@ def started_worker(folder: Path, environ: dict[str, str], url: str) -> Iterator[
     finally:
         if process.poll() is None:
             end(process, signal.SIGTERM)
-
-
-class Load:
-    """Requests, streams and plain ones in turn, until it is left; what came of them."""
-
-    def __init__(self, url: str, alias: str, key: str) -> None:
-        self.statuses: Counter[int | str] = Counter()
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60)
-        self._alias = alias
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
-        self._http.close()
-
-    def _ask(self) -> None:
-        stream = False
-        while not self._ending.wait(0.02):
-            stream = not stream
-            body = {"model": self._alias, "prompt": "x", "stream": stream}
-            try:
-                answer = self._http.post("/v1/completions", json=body)
-                broken = stream and answer.status_code == 200 and "[DONE]" not in answer.text
-                self.statuses["broken stream" if broken else answer.status_code] += 1
-            except httpx.HTTPError as error:
-                self.statuses[type(error).__name__] += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from modelpool.process import DETACHED, READY_FD, RUN_ID, Announcement, NotStarted, Ready, StartupError
+from modelpool.process import DETACHED, DISMISSED, READY_FD, RUN_ID, Announcement, NotStarted, Ready, StartupError
 from modelpool.process_group import ProcessGroup
 from modelpool.process_table import with_variable
 from modelpool.settings import Settings, to_environ
@@ -140,13 +140,17 @@ class Child:
         return started, reader
 
     async def keep(self) -> None:
-        """Start it again whenever it dies, with a growing pause while it keeps dying; until cancelled."""
+        """Start it again whenever it dies, with a growing pause while it keeps dying; until cancelled, or dismissed."""
         pause = RESTART_INITIAL_S
         loop = asyncio.get_running_loop()
         while True:
             since = loop.time()
             status = await self._ended()
-            self._notice(f"the {self.part} ended ({status}) and is started again; see {self.log_path}")
+            if status == DISMISSED:
+                self._notice(f"the {self.part} was drained, and has ended")
+                return
+            told = "without a parent to tell how" if status is None else _status_text(status)
+            self._notice(f"the {self.part} ended ({told}) and is started again; see {self.log_path}")
             if loop.time() - since > RESTART_MAX_S:
                 pause = RESTART_INITIAL_S
             await asyncio.sleep(pause)
@@ -156,13 +160,13 @@ class Child:
             except (StartupError, OSError, msgspec.DecodeError) as error:
                 self._notice(f"the {self.part} could not be started again: {error}")
 
-    async def _ended(self) -> str:
-        """Wait for its end, and say how it was."""
+    async def _ended(self) -> int | None:
+        """Wait for its end; its status, where it is our own."""
         if self._group is not None:
             await self._group.leader_ended()
             self._group.close()
             self._group = None
-        return _status_text(self._own.wait()) if self._own else "without a parent to tell how"
+        return self._own.wait() if self._own else None
 
     async def end(self) -> None:
         """SIGTERM; SIGKILL to its session when it has not ended in time."""

@@ -16,6 +16,8 @@ READY_FD = "MODELPOOL_READY_FD"
 DETACHED = "MODELPOOL_DETACHED"
 """Set to a name for a process that outlives whoever started it, and is found again by that name."""
 RUN_ID = "MODELPOOL_RUN_ID"
+DISMISSED = 20
+"""The exit status of a part that its pool needs no more: it is not started again."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -77,7 +77,7 @@ def test_a_manager_that_was_deposed_changes_nothing(store_url: str) -> None:
             await new.take_over(OTHER)
             writes: list[Callable[[], Awaitable[None]]] = [
                 lambda: old.add_model(spec("b"), 2),
-                lambda: old.change_model(spec("a")),
+                lambda: old.change_model(spec("a"), ()),
                 lambda: old.remove_model("a"),
                 lambda: old.add_key(key("l")),
                 lambda: old.revoke_key("k", 3),

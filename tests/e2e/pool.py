@@ -142,6 +142,34 @@ def running_pool(home: Path, *flags: str, **environ: str) -> Iterator[PoolProces
     assert left == [], [(_title(each), each.pid) for each in left]
 
 
+@contextmanager
+def another_worker(pool: PoolProcess, home: Path, worker_id: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker with a home of its own, registered with the pool; it may have ended before the block does."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPOOL_", "WORKER_"))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelpool.cli", "worker", "--worker-id", worker_id, "--port", "0"],
+        env={
+            **inherited,
+            "MODELPOOL_ENGINES": "fake",
+            "MODELPOOL_HEARTBEAT_INTERVAL": "1",
+            "MODELPOOL_HOME": str(home),
+            "MODELPOOL_RUN_ID": pool.run_id,
+            "MODELPOOL_TOKEN": pool.token,
+            "MANAGER_URL": pool.url,
+            "SPT_NOENV": "1",
+            **environ,
+        },
+        start_new_session=True,
+    )
+    try:
+        eventually(lambda: worker_id in {each["worker_id"] for each in pool.status()["workers"]}, 20, lambda: worker_id)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(30)
+
+
 def start_up(home: Path, *flags: str, run_id: str, **environ: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "modelpool.cli", "up", "--json", "--port", "0", "--worker-port", "0", *flags]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPOOL_", "SERVE_"))}

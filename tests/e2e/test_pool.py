@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +11,7 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-from tests.e2e.conftest import FAKE_ONLY
-from tests.e2e.pool import PoolProcess, end, eventually, running_pool, start_up
+from tests.e2e.pool import PoolProcess, another_worker, end, eventually, running_pool, start_up
 
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -185,21 +181,7 @@ def test_no_worker_and_no_room_are_said_with_the_numbers(fake_pool: PoolProcess)
 
 def test_a_model_runs_on_two_workers_and_both_get_requests(mending_pool: PoolProcess, tmp_path: Path) -> None:
     pool = mending_pool
-    second = subprocess.Popen(
-        [sys.executable, "-m", "modelpool.cli", "worker", "--worker-id", "w2", "--port", "0"],
-        env={
-            **os.environ,
-            **FAKE_ONLY,
-            "MODELPOOL_HOME": str(tmp_path / "home2"),
-            "MODELPOOL_RUN_ID": pool.run_id,
-            "MODELPOOL_TOKEN": pool.token,
-            "MANAGER_URL": pool.url,
-            "SPT_NOENV": "1",
-        },
-        start_new_session=True,
-    )
-    try:
-        eventually(lambda: len(pool.status()["workers"]) == 2, 20, lambda: "two workers")
+    with another_worker(pool, tmp_path / "home2", "w2") as second:
         pool.register("both", fake=True, min_replicas=2)
         view = pool.wait_active("both", replicas=2)
         assert {each["worker_id"] for each in view["instances"]} == {"w1", "w2"}
@@ -219,9 +201,6 @@ def test_a_model_runs_on_two_workers_and_both_get_requests(mending_pool: PoolPro
             lambda: "w2 has left",
         )
         pool.wait_active("both", replicas=2)
-    finally:
-        if second.poll() is None:
-            second.kill()
 
 
 def test_a_request_that_kills_its_engine_is_not_sent_to_the_next_one(mending_pool: PoolProcess) -> None:

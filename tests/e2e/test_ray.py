@@ -11,7 +11,8 @@ import ray
 from ray import serve
 
 from tests.e2e.pool import eventually
-from tests.ray_pool import Load, RayPool, ray_processes
+from tests.load import Load
+from tests.ray_pool import RayPool, ray_processes
 
 
 @pytest.fixture

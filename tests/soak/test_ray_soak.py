@@ -18,7 +18,8 @@ import ray
 from benchmarks.machine import cpu_seconds
 
 from tests.e2e.pool import PoolProcess, eventually, running_pool
-from tests.ray_pool import BIN, Load, RayPool, deployed_pool, kill_ray, modelpool
+from tests.load import Load
+from tests.ray_pool import BIN, RayPool, deployed_pool, kill_ray, modelpool
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 

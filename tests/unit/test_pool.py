@@ -15,10 +15,13 @@ from modelpool.core.pool import (
     UNWANTED_GRACE_S,
     WORKER_BACK_S,
     Device,
+    DrainBegun,
+    DrainCancelled,
     Event,
     Model,
     ModelRegistered,
     ModelRemoved,
+    ModelReplaced,
     OrderAnswered,
     OrderRefused,
     Policy,
@@ -29,7 +32,17 @@ from modelpool.core.pool import (
     WorkerLeft,
     WorkerReported,
 )
-from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Start, Stop, ever_fits, free_name, next_deadline, step
+from modelpool.core.reconcile import (
+    ORDER_RETRY_S,
+    Dismiss,
+    Effect,
+    Start,
+    Stop,
+    ever_fits,
+    free_name,
+    next_deadline,
+    step,
+)
 from tests.unit.controller import checked_step
 
 S = InstanceState
@@ -331,6 +344,8 @@ class World:
             if isinstance(order, Stop):
                 mine.pop(order.instance, None)
                 continue
+            if isinstance(order, Dismiss):
+                continue  # it would refuse while it runs something
             assert isinstance(order, Start)
             known = mine.get(order.instance)
             if order.alias in keys and (known is None or known.state is S.FAILED):
@@ -348,7 +363,9 @@ class World:
 
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["add", "remove", "report", "die", "fail", "obey", "forget", "wait"]),
+        st.sampled_from(
+            ["add", "replace", "remove", "report", "die", "fail", "obey", "forget", "wait", "drain", "keep"]
+        ),
         st.sampled_from(["a", "b"]),
         st.sampled_from(["m", "n"]),
         st.integers(1, 3),
@@ -370,6 +387,18 @@ def test_whatever_happened_what_is_wanted_runs_in_the_end_and_nothing_else(
         if action == "add" and alias not in wanted:
             wanted[alias], keys[alias] = number, f"{alias}{number}"
             world.happens(ModelRegistered(model(alias, replicas=number, key=keys[alias])))
+        elif action == "replace" and alias in wanted:
+            before = world.pool.models[alias]
+            keys[alias] = f"{alias}{len(before.replaces)}{number}"
+            after = replace(
+                model(alias, replicas=wanted[alias], key=keys[alias]), replaces=(before.key, *before.replaces)
+            )
+            if before.key != keys[alias]:
+                world.happens(ModelReplaced(after))
+        elif action == "drain":
+            world.happens(DrainBegun(worker))
+        elif action == "keep":
+            world.happens(DrainCancelled(worker))
         elif action == "remove" and alias in wanted:
             del wanted[alias], keys[alias]
             world.happens(ModelRemoved(alias))
@@ -390,7 +419,10 @@ def test_whatever_happened_what_is_wanted_runs_in_the_end_and_nothing_else(
         elif action == "wait":
             world.now += 20 * number
             world.happens(Tick())
+    if len(world.pool.draining) == len(world.running):
+        world.happens(DrainCancelled("a"))
     world.settle(keys)
+    assert not any(world.running[worker] for worker in world.pool.draining)
     running = [each for mine in world.running.values() for each in mine.values()]
     assert {alias: sum(each.alias == alias for each in running) for alias in wanted} == wanted
     assert len(running) == sum(wanted.values())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modelpool import __version__
-from modelpool.cli.commands import chat, files, keys, models, observe, pool, traces
+from modelpool.cli.commands import chat, files, keys, models, observe, pool, traces, workers
 
 Commands = Mapping[str, Callable[..., None]]
 
@@ -26,6 +26,7 @@ COMMANDS: Commands = {
     "load": files.load,
     "ls": models.list_all,
     "status": observe.status,
+    "drain": workers.drain,
     "chat": chat.chat,
     "explain": observe.explain,
     "explain-start": observe.explain_start,

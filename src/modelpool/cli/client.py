@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from modelpool.cli.command import program
-from modelpool.messages.admin import ModelView, PoolStatus
+from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.dump import Dump, Loaded
 from modelpool.messages.explain import Explanation
 from modelpool.messages.keys import KeyMade, KeyView
@@ -71,8 +71,9 @@ class PoolClient:
     def close(self) -> None:
         self._http.close()
 
-    def register(self, body: dict[str, Any]) -> ModelView:
-        answer = self._request("POST", "/admin/models/register", json=body)
+    def register(self, body: dict[str, Any], *, replace: bool = False) -> ModelView:
+        params = {"replace": "true"} if replace else {}
+        answer = self._request("POST", "/admin/models/register", json=body, params=params)
         return self._decoded(answer, _Registered).routing
 
     def change(self, alias: str, change: dict[str, Any]) -> ModelView:
@@ -91,6 +92,16 @@ class PoolClient:
 
     def status(self) -> PoolStatus:
         return self._decoded(self._request("GET", "/admin/status"), PoolStatus)
+
+    def drain(self, worker_id: str) -> WorkerView:
+        return self._decoded(self._request("POST", f"/admin/workers/{quote(worker_id, safe='')}/drain"), WorkerView)
+
+    def keep(self, worker_id: str) -> WorkerView:
+        return self._decoded(self._request("DELETE", f"/admin/workers/{quote(worker_id, safe='')}/drain"), WorkerView)
+
+    def worker(self, worker_id: str) -> WorkerView | None:
+        """None where it is not there, or not any more."""
+        return next((each for each in self.status().workers if each.worker_id == worker_id), None)
 
     def explain(self, request_id: str) -> Explanation:
         return self._decoded(self._request("GET", f"/admin/explain/{quote(request_id, safe='')}"), Explanation)

@@ -98,13 +98,29 @@ def workers_table(workers: Iterable[WorkerView]) -> Listing:
         problems = [f"{kind}: {status.reason}" for kind, status in sorted(worker.engines.items()) if status.reason]
         table.add_row(
             worker.worker_id,
-            Text("alive", style="green") if worker.alive else Text("lost", style="red"),
+            worker_state(worker),
             worker.url,
             devices_text(worker.devices),
             engines,
-            _dim("; ".join([worker.reason, *problems] if worker.reason else problems)),
+            _dim(
+                "; ".join(
+                    filter(None, [worker.reason, *(sentence.rstrip(".") for sentence in worker.drain), *problems])
+                )
+            ),
         )
     return table
+
+
+def worker_state(worker: WorkerView) -> Text:
+    if not worker.alive:
+        return Text("lost", style="red")
+    return Text("draining", style="yellow") if worker.draining else Text("alive", style="green")
+
+
+def worker_lines(worker: WorkerView) -> list[str]:
+    """What it is and runs; while it is being drained, what it still waits for."""
+    what = f"runs {', '.join(worker.instances)}" if worker.instances else "runs nothing"
+    return [f"{worker.worker_id} at {worker.url} is {worker_state(worker)}; it {what}.", *worker.drain]
 
 
 def keys_table(keys: Iterable[KeyView]) -> Listing:
@@ -139,8 +155,8 @@ def status_line(status: PoolStatus) -> str:
 
 
 def ready_count(model: ModelView) -> int:
-    """How many replicas of it are ready."""
-    return sum(each.state is InstanceState.ACTIVE for each in model.instances)
+    """How many replicas of it are ready, and stay."""
+    return sum(each.state is InstanceState.ACTIVE and not each.leaving for each in model.instances)
 
 
 def state_text(state: InstanceState) -> Text:
@@ -185,5 +201,7 @@ def _instance_note(instance: InstanceView) -> str:
         return progress_text(instance.progress)
     if instance.state in (InstanceState.SLEEP_1, InstanceState.SLEEP_2) and not instance.reason:
         return f"holds {instance.pss_bytes / 1e6:.0f} MB"
+    if instance.leaving:
+        return f"goes once another is in its place: {instance.leaving}"
     again = f" (again in {instance.retry_in_s:.0f} s)" if instance.retry_in_s is not None else ""
     return instance.reason + again

@@ -1,4 +1,4 @@
-"""`register --wait`: how long waiting is of use, and what to say meanwhile."""
+"""`register --wait`, `drain --wait`: how long waiting is of use, and what to say meanwhile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from modelpool.cli.client import PoolClient
 from modelpool.cli.tables import progress_text, ready_count
 from modelpool.core.lifecycle import InstanceState
-from modelpool.messages.admin import ModelView
+from modelpool.messages.admin import ModelView, WorkerView
 from modelpool.messages.workers import Progress
 
 _POLL_S = 0.25
@@ -29,13 +29,30 @@ def wait(client: PoolClient, alias: str, say: Callable[[str], None], *, timeout_
         time.sleep(_POLL_S)
 
 
+def wait_drained(
+    client: PoolClient, worker_id: str, say: Callable[[str], None], *, timeout_s: float | None
+) -> WorkerView | None:
+    """None once the worker is gone; what it still waits for when the time is over, or somebody has it stay."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    told: tuple[str, ...] = ()
+    while (view := client.worker(worker_id)) is not None and view.draining:
+        if deadline is not None and time.monotonic() >= deadline:
+            return view
+        for sentence in view.drain:
+            if sentence not in told:
+                say(sentence)
+        told = view.drain
+        time.sleep(_POLL_S)
+    return view
+
+
 def is_ready(view: ModelView) -> bool:
     return ready_count(view) >= view.wanted
 
 
 def has_failed(view: ModelView) -> bool:
     """Whether a start of it has failed, or none is possible with the workers that there are."""
-    waiting = [each for each in view.instances if each.state is not InstanceState.ACTIVE]
+    waiting = [each for each in view.instances if each.state is not InstanceState.ACTIVE and not each.leaving]
     return view.permanent or any(each.failures for each in waiting)
 
 

@@ -44,8 +44,8 @@ class RayManager:
 
     # ------------------------------------------------------------ models
 
-    async def register_model(self, spec: ModelSpec) -> ModelView:
-        return await self._ask(ModelView, "register_model", spec)
+    async def register_model(self, spec: ModelSpec, replace: bool = False) -> ModelView:
+        return await self._ask(ModelView, "register_model", spec, replace)
 
     async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
         return await self._ask(ModelView, "change_model", alias, change)
@@ -85,6 +85,12 @@ class RayManager:
 
     async def unregister_worker(self, worker_id: str, incarnation: str = "") -> None:
         await self._ask(object, "unregister_worker", worker_id, incarnation)
+
+    async def drain_worker(self, worker_id: str) -> WorkerView:
+        return await self._ask(WorkerView, "drain_worker", worker_id)
+
+    async def keep_worker(self, worker_id: str) -> WorkerView:
+        return await self._ask(WorkerView, "keep_worker", worker_id)
 
     async def _beat(self) -> None:
         """Send what is there at once, and what comes within BATCH_S after it together, until nothing comes."""

@@ -13,7 +13,7 @@ def is_routed(pool: Pool, instance: Instance) -> bool:
     """Whether it takes requests for its model."""
     model = pool.models.get(instance.alias)
     awake = instance.state is InstanceState.ACTIVE and not instance.stopping
-    return awake and model is not None and model.key == instance.key
+    return awake and model is not None and instance.key in (model.key, *model.replaces)
 
 
 def on_its_way(pool: Pool, alias: str, now: float) -> bool:

@@ -74,6 +74,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     idle_sleep_1_s: float | None = None
     idle_sleep_2_s: float | None = None
     idle_unload_s: float | None = None
+    replaces: tuple[str, ...] = ()
+    """Keys that it had before it was registered anew: their instances serve until those of `key` do."""
 
     def need(self) -> Need:
         """What one replica wants to have before it starts."""
@@ -116,6 +118,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
     stopping: bool = False
+    drain_s: float | None = None
+    """What its requests in flight have while it is stopping; None: what its worker gives."""
     acknowledged: bool = True
     missing: int = 0
     ordered_at: float | None = None
@@ -186,6 +190,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """alias → what was decided last, and why."""
     swaps: Mapping[str, tuple[float, ...]] = {}
     """worker → when its instances gave way to others, in the last minute."""
+    draining: Mapping[str, float] = {}
+    """Workers that are to go, once they run nothing any more → when they were last told to end."""
     awaited: frozenset[str] = frozenset()
     """Workers known from before this manager; until they have reported or `recover_until`, no orders are given."""
     recover_until: float = 0.0
@@ -237,6 +243,12 @@ class ModelChanged(msgspec.Struct, frozen=True):
     model: Model
 
 
+class ModelReplaced(msgspec.Struct, frozen=True):
+    """It was registered anew, with another key; what runs of the one before serves until it is there."""
+
+    model: Model
+
+
 class ModelRemoved(msgspec.Struct, frozen=True):
     alias: str
 
@@ -266,6 +278,18 @@ class WorkerLeft(msgspec.Struct, frozen=True):
 
     worker_id: str
     incarnation: str
+
+
+class DrainBegun(msgspec.Struct, frozen=True):
+    """The worker is to go: nothing new comes to it, and what it runs leaves."""
+
+    worker_id: str
+
+
+class DrainCancelled(msgspec.Struct, frozen=True):
+    """It stays after all; what has not been ended yet stays too."""
+
+    worker_id: str
 
 
 class OrderAnswered(msgspec.Struct, frozen=True):
@@ -306,10 +330,13 @@ class Tick(msgspec.Struct, frozen=True):
 Event = (
     ModelRegistered
     | ModelChanged
+    | ModelReplaced
     | ModelRemoved
     | WorkerReported
     | WorkerGone
     | WorkerLeft
+    | DrainBegun
+    | DrainCancelled
     | OrderAnswered
     | OrderRefused
     | OrderPostponed
@@ -332,6 +359,13 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             )
         case ModelChanged(model):
             return _touched(replace(pool, models={**pool.models, model.alias: model}), [model.alias])
+        case ModelReplaced(model):
+            return replace(
+                _touched(pool, [model.alias]),
+                models={**pool.models, model.alias: model},
+                learned={**pool.learned, model.alias: {}},
+                wanted_up=pool.wanted_up | {model.alias},
+            )
         case ModelRemoved(alias):
             unwanted = {
                 key_of(each): replace(each, unwanted_since=now - UNWANTED_GRACE_S) for each in instances_of(pool, alias)
@@ -356,7 +390,15 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             worker = pool.workers.get(worker_id)
             if worker is None or worker.incarnation != incarnation:
                 return pool
-            return replace(_without_instances(pool, worker_id), workers=_without(pool.workers, worker_id))
+            return replace(
+                _without_instances(pool, worker_id),
+                workers=_without(pool.workers, worker_id),
+                draining=_without(pool.draining, worker_id),
+            )
+        case DrainBegun(worker_id):
+            return replace(_worker_changed(pool, worker_id), draining={**pool.draining, worker_id: -math.inf})
+        case DrainCancelled(worker_id):
+            return replace(_worker_changed(pool, worker_id), draining=_without(pool.draining, worker_id))
         case OrderAnswered(key):
             return change(pool, key, acknowledged=True, missing=0)
         case OrderRefused():
@@ -412,7 +454,7 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
         if has_failed(each) and (key not in pool.instances or _is_up(pool.instances[key]))
     }
     for key, instance in mine.items():
-        if not new_process and instance.stopping and _is_of(pool, instance):
+        if not new_process and instance.stopping and instance.drain_s is None and _is_of(pool, instance):
             observed.append((instance.alias, What.UNLOAD, now - instance.starting_since))
         if not new_process and _may_be_on_its_way(instance):
             merged[key] = replace(instance, missing=instance.missing + (1 if instance.acknowledged else 0))
@@ -551,6 +593,7 @@ def _merge(
         stopping=known.stopping,
         levels=tuple(level for level in seen.levels if level not in known.refuses),
         refuses=known.refuses,
+        drain_s=known.drain_s,
         ordered_at=known.ordered_at,
         starting_since=known.starting_since,
         active_since=known.active_since if known.state is InstanceState.ACTIVE else now,
@@ -728,6 +771,11 @@ def _touched(pool: Pool, aliases: Iterable[str]) -> Pool:
 def _room_changed(pool: Pool) -> Pool:
     """With a look at those who lack room: what a worker holds or may be asked has changed."""
     return _touched(pool, pool.shortages) if pool.shortages else pool
+
+
+def _worker_changed(pool: Pool, worker_id: str) -> Pool:
+    """With a look at those who are on this worker, or lack room."""
+    return _touched(_room_changed(pool), (each.alias for each in instances_on(pool, worker_id)))
 
 
 def put(pool: Pool, key: Key, instance: Instance) -> Pool:

@@ -16,6 +16,7 @@ from modelpool.core.eviction import SOON_S, Holder, NoPlan, Plan, Way, first_pla
 from modelpool.core.learned import HELD, HELD_ON_HOST, SLEEP, WAKE, What, expected, slow, typical
 from modelpool.core.ledger import Ledger, accelerated, ledger, on_device, on_host
 from modelpool.core.lifecycle import InstanceState, sleep_level
+from modelpool.core.outgoing import UNHURRIED_S, is_up, needed, why_outgoing
 from modelpool.core.placement import GB, HOST, NAMED_MAX, Candidate, Need, Placement, Refusal, gb, place, shortfalls
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
@@ -72,9 +73,12 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True):
+    """`drain_s`: what its requests in flight have; None: what its worker gives."""
+
     worker_id: str
     instance: str
     reason: str
+    drain_s: float | None = None
 
 
 class Sleep(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +94,14 @@ class Wake(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-Effect = Start | Stop | Sleep | Wake
+class Dismiss(msgspec.Struct, frozen=True, kw_only=True):
+    """The worker is drained: it may end."""
+
+    worker_id: str
+    instance: str = ""
+
+
+Effect = Start | Stop | Sleep | Wake | Dismiss
 
 
 class _Round:
@@ -150,6 +161,7 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     while done < len(models) and round_.cost < _COST_MAX:
         pool = _advance(pool, models[done], round_)
         done += 1
+    pool = _dismiss_drained(pool, round_)
     return _settled(pool, looked_at, {model.alias for model in models[done:]}, round_), tuple(round_.effects)
 
 
@@ -170,6 +182,19 @@ def _settled(pool: Pool, looked_at: frozenset[str], postponed: Collection[str], 
     for alias in [each for each in done | pool.touched if due[each] == math.inf]:
         del due[alias]
     return replace(pool, due=due)
+
+
+def _dismiss_drained(pool: Pool, round_: _Round) -> Pool:
+    """Tell the workers that are drained, and run nothing any more, that they may end."""
+    for worker_id, told_at in pool.draining.items():
+        if _is_empty(pool, worker_id) and _due(told_at, ORDER_RETRY_S, round_.now):
+            round_.give(Dismiss(worker_id=worker_id))
+            pool = replace(pool, draining={**pool.draining, worker_id: round_.now})
+    return pool
+
+
+def _is_empty(pool: Pool, worker_id: str) -> bool:
+    return worker_id in pool.workers and worker_id not in pool.on_worker
 
 
 class Shortage(msgspec.Struct, frozen=True):
@@ -208,7 +233,7 @@ def _overdue(pool: Pool, alias: str, now: float) -> bool:
 def replicas_wanted(pool: Pool, model: Model) -> int:
     """How many there are to be now: those to be kept, one for who asks, and those that load brought up."""
     least = scaling_of(pool.policy, model).min_replicas
-    asked = to_be_up(pool, model) or pool.demand[model.alias].waiting > 0
+    asked = to_be_up(pool, model) or pool.demand[model.alias].waiting > 0 or any(map(is_up, _outgoing(pool, model)))
     up = [_replica(pool, each) for each in _usable(pool, model)]
     return max(least, 1 if asked else 0, sum(each.state not in _DOWN for each in up))
 
@@ -226,9 +251,10 @@ def _stop_unwanted(pool: Pool, alias: str, round_: _Round) -> Pool:
             continue
         if instance.stopping:
             if _due(instance.ordered_at, ORDER_RETRY_S, round_.now):
-                round_.give(Stop(worker_id=key[0], instance=key[1], reason="asked again"))
+                again = Stop(worker_id=key[0], instance=key[1], reason="asked again", drain_s=instance.drain_s)
+                round_.give(again)
                 pool = change(pool, key, ordered_at=round_.now)
-        elif model is not None and model.key != instance.key:
+        elif model is not None and instance.key not in (model.key, *model.replaces):
             pool = _stop(pool, key, "the alias was registered with another model", round_)
         elif model is None and instance.unwanted_since is None:
             pool = change(pool, key, unwanted_since=round_.now)
@@ -239,9 +265,9 @@ def _stop_unwanted(pool: Pool, alias: str, round_: _Round) -> Pool:
     return pool
 
 
-def _stop(pool: Pool, key: Key, reason: str, round_: _Round) -> Pool:
-    round_.give(Stop(worker_id=key[0], instance=key[1], reason=reason))
-    return change(pool, key, stopping=True, ordered_at=round_.now, starting_since=round_.now)
+def _stop(pool: Pool, key: Key, reason: str, round_: _Round, *, drain_s: float | None = None) -> Pool:
+    round_.give(Stop(worker_id=key[0], instance=key[1], reason=reason, drain_s=drain_s))
+    return change(pool, key, stopping=True, drain_s=drain_s, ordered_at=round_.now, starting_since=round_.now)
 
 
 def _advance(pool: Pool, model: Model, round_: _Round) -> Pool:
@@ -252,11 +278,11 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> Pool:
     for _ in range(_STEPS_MAX):
         replicas = [_replica(pool, each) for each in _usable(pool, model)]
         decided = wish(
-            scaling_of(pool.policy, model),
+            _with_successors(pool, model, round_.now),
             pool.demand[model.alias],
             replicas,
             changed_at=pool.stepped_at.get(model.alias, -math.inf),
-            wanted_once=to_be_up(pool, model),
+            wanted_once=to_be_up(pool, model) or _is_succeeded(pool, model),
             now=round_.now,
         )
         round_.wishes[model.alias] = decided
@@ -273,6 +299,58 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> Pool:
             break
     if shortage is not None:
         round_.shortages[model.alias] = shortage
+    return _let_go(pool, model, round_)
+
+
+def _outgoing(pool: Pool, model: Model) -> list[Instance]:
+    """Those of a model's instances that are to go once others are in their place."""
+    mine = instances_of(pool, model.alias)
+    return [each for each in mine if not each.stopping and _alive(pool, each) and why_outgoing(pool, each)]
+
+
+def _with_successors(pool: Pool, model: Model, now: float) -> ScalingPolicy:
+    """The policy, with as many replicas to be kept as are needed in the place of those that go."""
+    scaling, outgoing = scaling_of(pool.policy, model), [each for each in _outgoing(pool, model) if is_up(each)]
+    if not outgoing or not _is_used(pool, model, now):
+        return scaling
+    return replace(scaling, min_replicas=_needed(pool, model, outgoing))
+
+
+def _needed(pool: Pool, model: Model, outgoing: Iterable[Instance]) -> int:
+    awake = [each for each in _usable(pool, model) if each.state is InstanceState.ACTIVE]
+    serving = [_replica(pool, each) for each in (*outgoing, *awake)]
+    return needed(scaling_of(pool.policy, model), pool.demand[model.alias], serving)
+
+
+def _is_succeeded(pool: Pool, model: Model) -> bool:
+    """Whether another one is to come up, where there is room, in the place of what goes; a sleeper is moved so."""
+    outgoing = [each for each in _outgoing(pool, model) if not has_failed(each)]
+    return any(map(is_up, outgoing)) or (bool(outgoing) and not _usable(pool, model))
+
+
+def _is_used(pool: Pool, model: Model, now: float) -> bool:
+    """Whether somebody would miss it: then others may have to give way to what takes the place of what goes."""
+    scaling, demand = scaling_of(pool.policy, model), pool.demand[model.alias]
+    return scaling.min_replicas > 0 or demand.busy or now < demand.asked_at + scaling.idle_sleep_1_s
+
+
+def _let_go(pool: Pool, model: Model, round_: _Round) -> Pool:
+    """End those that are to go and have others in their place, the least busy ones first."""
+    outgoing, usable = _outgoing(pool, model), _usable(pool, model)
+    awake = [each for each in usable if each.state is InstanceState.ACTIVE and each.order is Step.NONE]
+    up = sorted(filter(is_up, outgoing), key=lambda each: pool.demand[model.alias].inflight(each.instance))
+    short, ending = model.alias in round_.shortages, any(each.stopping for each in instances_of(pool, model.alias))
+    enough = len(up) + len(awake) - max(len(awake), _needed(pool, model, up))
+    # Where there is no room for all that the load asks for, one goes for one that came.
+    replaced = up[: max(enough, 1 if short and not ending else 0)] if awake else []
+    nowhere = short or any(map(has_failed, usable))
+    missed = _is_used(pool, model, round_.now)
+    for each in outgoing:
+        drained, asleep = each.worker_id in pool.draining, each.state in _ASLEEP and each.order is Step.NONE
+        # On a worker that is drained nobody waits for what nobody would miss, and for a sleeper only while it may move.
+        dropped = drained and ((nowhere and not missed) or (asleep and bool(usable or nowhere)))
+        if each in replaced or has_failed(each) or (asleep and awake) or dropped:
+            pool = _stop(pool, key_of(each), why_outgoing(pool, each), round_, drain_s=UNHURRIED_S)
     return pool
 
 
@@ -312,8 +390,11 @@ def _first(own: float | None, general: float) -> float:
 
 def _usable(pool: Pool, model: Model) -> list[Instance]:
     """Those of a model's instances that count as its replicas."""
-    mine = instances_of(pool, model.alias)
-    return [each for each in mine if not each.stopping and each.key == model.key and _alive(pool, each)]
+    return [
+        each
+        for each in instances_of(pool, model.alias)
+        if not each.stopping and each.key == model.key and _alive(pool, each) and each.worker_id not in pool.draining
+    ]
 
 
 def _replica(pool: Pool, instance: Instance) -> Replica:
@@ -348,7 +429,7 @@ def _repeat_orders(pool: Pool, model: Model, round_: _Round) -> tuple[Pool, Shor
     """Start failed instances again when that is due, and give orders again that nothing came of."""
     wanted = _wanted(pool, model, round_.now)
     shortage = None
-    for instance in _usable(pool, model):
+    for instance in (*_usable(pool, model), *(each for each in _outgoing(pool, model) if not has_failed(each))):
         order_due = _due(instance.ordered_at, ORDER_RETRY_S, round_.now)
         if has_failed(instance) and _due(instance.retry_at, 0.0, round_.now):
             pool, shortage = _retry(pool, model, instance, round_) if wanted else (_set_by(pool, instance), shortage)
@@ -468,7 +549,7 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Rou
 
 def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool, Shortage | None]:
     mine = instances_of(pool, model.alias)
-    ending = {each.instance for each in mine if each.stopping and _alive(pool, each)}
+    ending = {each.instance for each in mine if each.stopping and each.drain_s is None and _alive(pool, each)}
     name = free_name(model.alias, {each.instance for each in mine} - ending)
     if name in ending:
         return pool, Shortage("waits for its former instance to end")
@@ -690,7 +771,7 @@ def _ways(pool: Pool, instance: Instance, holds: Mapping[int, int], books: Ledge
 def _kept(pool: Pool, instance: Instance, wanting: Model, round_: _Round) -> tuple[str, bool]:
     """Why it may not give way to that model now, and whether it may later; ("", False) when it may."""
     model, demand = pool.models.get(instance.alias), pool.demand.get(instance.alias)
-    if instance.alias == wanting.alias:
+    if instance.alias == wanting.alias and not (instance.key in wanting.replaces and instance.state in _ASLEEP):
         return "is the same model", False
     if model is not None and model.pinned:
         return "is pinned", False
@@ -835,7 +916,7 @@ def _candidates(pool: Pool, model: Model, round_: _Round, failed: Instance | Non
                     devices=books.devices,
                     host=books.host,
                     replicas_here=others.count(worker.worker_id),
-                    refusal=worker.engines.get(model.engine, f"does not know the engine {model.engine!r}"),
+                    refusal=_refusal(pool, worker, model),
                     avoid=worker.worker_id == avoided,
                     has_files=model.source in worker.files,
                 )
@@ -843,11 +924,18 @@ def _candidates(pool: Pool, model: Model, round_: _Round, failed: Instance | Non
     return found
 
 
+def _refusal(pool: Pool, worker: Worker, model: Model) -> str:
+    if worker.worker_id in pool.draining:
+        return "it is being drained"
+    return worker.engines.get(model.engine, f"does not know the engine {model.engine!r}")
+
+
 def next_deadline(pool: Pool) -> float | None:
     """When `Tick` is due although nothing else happens; None when time alone changes nothing."""
     times: list[float] = [pool.recover_until] if pool.recovering else []
     times += [worker.last_seen + pool.policy.heartbeat_timeout_s for worker in pool.workers.values() if worker.alive]
     times += [worker.back_until for worker in pool.workers.values() if worker.back_until is not None]
+    times += [at + ORDER_RETRY_S for worker_id, at in pool.draining.items() if _is_empty(pool, worker_id)]
     return min((*times, *pool.due.values()), default=None)
 
 
@@ -856,6 +944,9 @@ def _due_at(pool: Pool, alias: str, now: float) -> float:
     model, decided = pool.models.get(alias), pool.wishes.get(alias)
     wanted = model is not None and _wanted(pool, model, now)
     times = [math.inf if decided is None else decided.due]
+    if model is not None and _outgoing(pool, model):
+        unused = pool.demand[alias].asked_at + scaling_of(pool.policy, model).idle_sleep_1_s
+        times += [unused] if unused > now else []
     for instance in instances_of(pool, alias):
         if not _alive(pool, instance):
             continue

@@ -97,12 +97,12 @@ def control_app(manager: ManagerPort) -> FastAPI:
 
 def _add_model_routes(app: FastAPI, manager: ManagerPort) -> None:
     @app.post("/admin/models/register", openapi_extra=body_schema(ModelSpec))
-    async def register(request: Request) -> Response:
+    async def register(request: Request, replace: bool = False) -> Response:
         body = await request.body()
         if len(body) > MAX_SPEC_BYTES:
             raise BodyTooLarge(f"A model's body may have {MAX_SPEC_BYTES} bytes, this one has {len(body)}.")
         spec = decode_body(body, ModelSpec)
-        return answer(Registered(status="success", routing=await manager.register_model(spec)))
+        return answer(Registered(status="success", routing=await manager.register_model(spec, replace)))
 
     @app.get("/admin/models")
     async def models() -> Response:
@@ -133,6 +133,14 @@ def _add_worker_routes(app: FastAPI, manager: ManagerPort) -> None:
     @app.get("/workers")
     async def workers() -> Response:
         return answer({"workers": await manager.workers()})
+
+    @app.post("/admin/workers/{worker_id}/drain")
+    async def drain(worker_id: str) -> Response:
+        return answer(await manager.drain_worker(worker_id))
+
+    @app.delete("/admin/workers/{worker_id}/drain")
+    async def keep(worker_id: str) -> Response:
+        return answer(await manager.keep_worker(worker_id))
 
     @app.post("/workers/register", openapi_extra=body_schema(RegisterWorker))
     async def register_worker(request: Request) -> Response:

@@ -24,7 +24,7 @@ from modelpool import __version__
 from modelpool.core import pool as core
 from modelpool.core.demand import Seen
 from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
-from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, next_deadline, reconcile
+from modelpool.core.reconcile import Dismiss, Effect, Sleep, Start, Stop, Wake, next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
 from modelpool.manager.keys import KeyRegister
@@ -62,6 +62,8 @@ _ASKED_FOR = 0.8
 """Of the time that workers known from before are waited for: then one that is silent is taken to be as it was."""
 _NO_LEASE_S = 0.5
 """How often it is looked whether there is a lease again."""
+_FORMER_MAX = 8
+"""So many changes of a model back, what it was may still be served by instances that run."""
 _NAME_HELD_S = 15.0
 """A worker that was heard within this keeps its name."""
 
@@ -161,11 +163,13 @@ class Manager:
         self._awaited, self._last_known = await self._store.workers(), await self._store.last_known()
         self._ask_until = now + _ASKED_FOR * recovery_s
         self._pool = core.Pool(policy=policy, awaited=frozenset(self._awaited), recover_until=now + recovery_s)
+        for worker_id in await self._store.draining():
+            self._pool = core.apply(self._pool, core.DrainBegun(worker_id), now)
         self._alone_until = now + _BACK_S if self._awaited else now
         experience = await self._recollection.recall()
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
-            model = _model(stored.spec, stored.created)
+            model = _model(stored)
             key, learned, resting = experience.get(model.alias, ("", {}, False))
             known = core.ModelRegistered(model)
             if key == model.key:
@@ -282,6 +286,8 @@ class Manager:
                     await self._order_sleep(facts.info.url, effect)
                 case Wake():
                     await self._order_wake(facts.info.url, effect)
+                case Dismiss():
+                    await self._dismiss(facts.info)
         except OrderFailed as error:
             log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
             self._apply(core.OrderRefused(key, str(error), permanent=error.permanent))
@@ -315,7 +321,7 @@ class Manager:
     async def _order_stop(self, url: str, effect: Stop) -> None:
         log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
         self._publish()  # no new request is sent to it from now on
-        await self._client.stop(url, effect.instance)
+        await self._client.stop(url, effect.instance, effect.drain_s)
 
     async def _order_sleep(self, url: str, effect: Sleep) -> None:
         log.info("sleep level %d for %s on %s: %s", effect.level, effect.instance, effect.worker_id, effect.reason)
@@ -327,6 +333,16 @@ class Manager:
         log.info("wake %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
         await self._client.wake(url, effect.instance)
         self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
+
+    async def _dismiss(self, info: WorkerInfo) -> None:
+        """A drained worker may end. One that has ended already, without a word, is forgotten."""
+        log.info("worker %s is drained", info.worker_id)
+        try:
+            await self._client.dismiss(info.url)
+        except WorkerUnreachable as error:
+            if not error.refused:
+                raise
+            await self.unregister_worker(info.worker_id, info.incarnation)
 
     async def _outlive(self, epoch: str) -> None:
         """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
@@ -353,22 +369,29 @@ class Manager:
         async with self._writing:
             stored = {each.spec.alias: each for each in await self._store.models()}
             remembered = await self._store.workers()
+            draining = set(await self._store.draining())
+            for worker_id in draining ^ self._pool.draining.keys():
+                self._apply((core.DrainBegun if worker_id in draining else core.DrainCancelled)(worker_id))
             for alias in [alias for alias in self._specs if alias not in stored]:
                 self._forget_model(alias)
             for alias, each in stored.items():
                 if self._specs.get(alias) != each.spec:
-                    self._take_model(each.spec, each.created)
+                    self._take_model(each)
             for worker_id, facts in self._facts.items():
                 if worker_id not in remembered:
                     await self._store.remember_worker(worker_id, facts.info.url)
         await self._keys.reread()
         self._changed.set()
 
-    def _take_model(self, spec: ModelSpec, created: int) -> None:
+    def _take_model(self, stored: StoredModel) -> None:
         """What the store has of a model: it is new, or has changed."""
-        model = _model(spec, created)
-        self._apply(core.ModelChanged(model) if spec.alias in self._specs else core.ModelRegistered(model))
-        self._specs[spec.alias] = spec
+        model = _model(stored)
+        before = self._pool.models.get(model.alias)
+        if before is None:
+            self._apply(core.ModelRegistered(model))
+        else:
+            self._apply(core.ModelChanged(model) if before.key == model.key else core.ModelReplaced(model))
+        self._specs[model.alias] = stored.spec
 
     def _forget_model(self, alias: str) -> None:
         del self._specs[alias]
@@ -376,14 +399,14 @@ class Manager:
 
     # ------------------------------------------------------------ models
 
-    async def register_model(self, spec: ModelSpec) -> ModelView:
+    async def register_model(self, spec: ModelSpec, replace: bool = False) -> ModelView:
         async with self._writing:
             known = self._specs.get(spec.alias)
-            if known is not None and known != spec:
+            if known is not None and known != spec and not replace:
                 differences = _differences(known, spec)
                 cure = "PATCH /admin/models/{alias} (`modelpool set`) changes that."
                 if not set(differences) <= set(CHANGEABLE):
-                    cure = "Remove it first, or use another alias."
+                    cure = "Replace it (`replace=true`, `modelpool register --replace`), or use another alias."
                 raise Conflict(
                     f"The alias `{spec.alias}` is registered with another body (it differs in "
                     f"{', '.join(differences)}). {cure}",
@@ -393,9 +416,11 @@ class Manager:
             if known is None:
                 created = int(time.time())
                 await self._store.add_model(spec, created)
-                self._take_model(spec, created)
+                self._take_model(StoredModel(spec, created))
                 self._act_now()
                 log.info("registered %s (%s)", spec.alias, spec.model_name or spec.engine)
+            elif known != spec:
+                await self._change(known, spec)
         # The gateways are told before its user is: their first request may come at once. While this manager still waits
         # for its workers it tells them nothing.
         await self._recovered.wait()
@@ -411,12 +436,19 @@ class Manager:
             before = self._specs[alias]
             spec = changed(before, change)
             if spec != before:
-                await self._store.change_model(spec)
-                self._take_model(spec, self._pool.models[alias].created)
-                self._act_now()
+                await self._change(before, spec)
                 await self._told_gateways()
-                log.info("changed %s: %s", alias, ", ".join(_differences(before, spec)))
         return self._view(alias)
+
+    async def _change(self, before: ModelSpec, spec: ModelSpec) -> None:
+        """What instances of other keys serve stays in use until those of the new one do."""
+        known, key = self._pool.models[spec.alias], _key(spec)
+        former = (known.key, *known.replaces) if key != known.key else known.replaces
+        replaces = tuple(each for each in former if each != key)[:_FORMER_MAX]
+        await self._store.change_model(spec, replaces)
+        self._take_model(StoredModel(spec, known.created, replaces))
+        self._act_now()
+        log.info("changed %s: %s", spec.alias, ", ".join(_differences(before, spec)))
 
     async def remove_model(self, alias: str) -> None:
         async with self._writing:
@@ -634,6 +666,23 @@ class Manager:
         if watch := self._watches.pop(worker_id, None):
             watch.cancel()
 
+    async def drain_worker(self, worker_id: str) -> WorkerView:
+        return await self._drain(worker_id, drain=True)
+
+    async def keep_worker(self, worker_id: str) -> WorkerView:
+        return await self._drain(worker_id, drain=False)
+
+    async def _drain(self, worker_id: str, *, drain: bool) -> WorkerView:
+        async with self._writing:
+            if worker_id not in self._pool.workers:
+                raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
+            if drain is not (worker_id in self._pool.draining):
+                await self._store.drain(worker_id, drain=drain)
+                self._apply(core.DrainBegun(worker_id) if drain else core.DrainCancelled(worker_id))
+                self._act_now()
+                log.info("worker %s %s", worker_id, "is being drained" if drain else "stays")
+        return views.worker_view(self._known(), self._pool.workers[worker_id])
+
     async def workers(self) -> list[WorkerView]:
         known = self._known()
         return [views.worker_view(known, worker) for _, worker in sorted(self._pool.workers.items())]
@@ -755,12 +804,14 @@ def _key(spec: ModelSpec) -> str:
     return hashlib.sha256(msgspec.json.encode(for_engine(spec), order="deterministic")).hexdigest()[:16]
 
 
-def _model(spec: ModelSpec, created: int) -> core.Model:
+def _model(stored: StoredModel) -> core.Model:
+    spec = stored.spec
     return core.Model(
         alias=spec.alias,
         key=_key(spec),
+        replaces=stored.replaces,
         engine=spec.engine,
-        created=created,
+        created=stored.created,
         source=spec.model_name,
         devices=spec.tensor_parallel_size,
         memory_bytes=None if spec.gpu_memory_gb is None else int(spec.gpu_memory_gb * 10**9),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from modelpool.core.learned import ANYWHERE, WAKE, Learned, What, expected
 from modelpool.core.lifecycle import InstanceState, sleep_level
+from modelpool.core.outgoing import why_outgoing
 from modelpool.core.pool import Instance, Model, Pool
 from modelpool.core.reconcile import scaling_of, turn_s
 from modelpool.core.scaling import Later, Step, Wish
@@ -27,12 +28,28 @@ def outlook(pool: Pool, model: Model, instances: Sequence[Instance], now: float)
     decided = pool.wishes.get(model.alias)
     if decided is None:
         return ("Nothing is decided yet: the manager has just started.",)
-    usable = [each for each in instances if not each.stopping]
+    going = [each for each in instances if each.stopping or why_outgoing(pool, each)]
+    usable = [each for each in instances if each not in going]
     return (
+        *(leaves(pool, each) for each in going if why_outgoing(pool, each)),
         *_next(pool, model, usable, decided, now),
         *_on_request(pool, model, usable),
         *_yields(pool, model, usable, now),
     )
+
+
+def leaves(pool: Pool, instance: Instance) -> str:
+    """What is to become of an instance that goes."""
+    who = f"{instance.instance} ({instance.state}) on {instance.worker_id}"
+    if instance.stopping:
+        inflight = pool.demand[instance.alias].inflight(instance.instance) if instance.alias in pool.demand else 0
+        left = f", {inflight} in flight" if inflight else ""
+        return f"{who} ends once its requests have{left}."
+    if instance.alias not in pool.models:
+        return f"{who} is of a model that is not registered, and ends."
+    if shortage := pool.shortages.get(instance.alias):
+        return f"{who} stays until another is in its place, and that is not possible now: {shortage}."
+    return f"{who} ends once another is in its place."
 
 
 def _next(pool: Pool, model: Model, usable: Sequence[Instance], decided: Wish, now: float) -> Iterator[str]:

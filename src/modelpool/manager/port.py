@@ -17,8 +17,11 @@ from modelpool.messages.workers import Heartbeat, HeartbeatAnswer, RegisterWorke
 class ManagerPort(Protocol):
     """The manager as its callers see it. Everything raises errors of modelpool.errors."""
 
-    async def register_model(self, spec: ModelSpec) -> ModelView:
-        """Register a model. The same spec again changes nothing; another one under the same alias is a Conflict."""
+    async def register_model(self, spec: ModelSpec, replace: bool = False) -> ModelView:
+        """Register a model. The same spec again changes nothing; another one under the same alias is a Conflict.
+
+        `replace`: another one takes its place: instances of the one before serve until one of the new one does.
+        """
 
     async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
         """Change settings of a model, by a JSON merge patch; what runs runs on.
@@ -53,6 +56,15 @@ class ManagerPort(Protocol):
 
         Raises WorkerNotFound, also where that `incarnation` is over and the next one is there.
         """
+
+    async def drain_worker(self, worker_id: str) -> WorkerView:
+        """Let a worker go: nothing new comes to it, what it runs is started elsewhere first, then it ends.
+
+        Raises WorkerNotFound.
+        """
+
+    async def keep_worker(self, worker_id: str) -> WorkerView:
+        """Have a worker that is being drained stay after all. Raises WorkerNotFound."""
 
     async def dump(self) -> Dump:
         """All models and keys; of a key the digest only."""

@@ -64,7 +64,7 @@ class Deposed(StoreError):
 def _stored_model(row: sa.Row[Any]) -> StoredModel | None:
     """A row as a model. One that this version cannot read must not keep all others from being served."""
     try:
-        return StoredModel(msgspec.convert(row.spec, ModelSpec), row.created)
+        return StoredModel(msgspec.convert(row.spec, ModelSpec), row.created, tuple(row.replaces))
     except msgspec.ValidationError as error:
         log.error("the stored model `%s` is left out: %s", row.alias, error)
         return None
@@ -221,8 +221,9 @@ class Store:
     async def add_model(self, spec: ModelSpec, created: int) -> None:
         await self._write((sa.insert(tables.models), [_model_row(StoredModel(spec, created))]))
 
-    async def change_model(self, spec: ModelSpec) -> None:
-        await self._write(sa.update(tables.models).where(tables.models.c.alias == spec.alias).values(spec=_raw(spec)))
+    async def change_model(self, spec: ModelSpec, replaces: Sequence[str]) -> None:
+        changed = sa.update(tables.models).where(tables.models.c.alias == spec.alias)
+        await self._write(changed.values(spec=_raw(spec), replaces=list(replaces)))
 
     async def remove_model(self, alias: str) -> None:
         await self._write(
@@ -283,8 +284,20 @@ class Store:
     async def forget_worker(self, worker_id: str) -> None:
         await self._write(
             sa.delete(tables.workers).where(tables.workers.c.worker_id == worker_id),
+            sa.delete(tables.draining).where(tables.draining.c.worker_id == worker_id),
             sa.delete(tables.last_known).where(tables.last_known.c.worker_id == worker_id),
         )
+
+    async def draining(self) -> list[str]:
+        """The workers that are to go."""
+        return [row.worker_id for row in await self._read(sa.select(tables.draining))]
+
+    async def drain(self, worker_id: str, *, drain: bool) -> None:
+        """The worker is to go, or to stay after all."""
+        statements: list[sa.Executable] = [sa.delete(tables.draining).where(tables.draining.c.worker_id == worker_id)]
+        if drain:
+            statements.append(sa.insert(tables.draining).values(worker_id=worker_id))
+        await self._write(*statements)
 
     async def last_known(self) -> dict[str, WorkerDescription]:
         """What each worker said last, and what it ran."""
@@ -367,7 +380,8 @@ def _is_free_for(holder: Holder) -> sa.ColumnElement[bool]:
 
 
 def _model_row(model: StoredModel) -> dict[str, Any]:
-    return {"alias": model.spec.alias, "spec": _raw(model.spec), "created": model.created}
+    columns = {"alias": model.spec.alias, "spec": _raw(model.spec)}
+    return {**columns, "created": model.created, "replaces": list(model.replaces)}
 
 
 def _key_row(key: StoredKey) -> dict[str, Any]:

@@ -24,6 +24,7 @@ models = sa.Table(
     sa.Column("alias", sa.String, primary_key=True),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("created", sa.Integer, nullable=False),
+    sa.Column("replaces", sa.JSON, nullable=False, server_default="[]"),
 )
 
 experience = sa.Table(
@@ -57,4 +58,10 @@ last_known = sa.Table(
     metadata,
     sa.Column("worker_id", sa.String, primary_key=True),
     sa.Column("description", sa.JSON, nullable=False),
+)
+
+draining = sa.Table(
+    "draining",
+    metadata,
+    sa.Column("worker_id", sa.String, primary_key=True),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -11,9 +11,10 @@ import msgspec
 from modelpool.core.availability import is_routed, on_its_way
 from modelpool.core.learned import ANYWHERE, WAKE, What, slow
 from modelpool.core.lifecycle import InstanceState, sleep_level
-from modelpool.core.pool import Instance, Key, Pool, Worker, key_of
+from modelpool.core.outgoing import why_outgoing
+from modelpool.core.pool import Instance, Key, Pool, Worker, instances_on, key_of
 from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
-from modelpool.manager.outlook import outlook
+from modelpool.manager.outlook import leaves, outlook
 from modelpool.messages.admin import InstanceView, LearnedView, ModelView, WorkerView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route, Unavailable
@@ -167,6 +168,7 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
 
 
 _WHATS = tuple(What)
+_ACTIVE = InstanceState.ACTIVE
 _ASLEEP = (InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 _COMING = (InstanceState.STARTING, InstanceState.WAKING)
 _BEST_FIRST = (
@@ -185,13 +187,16 @@ def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView
     model = known.pool.models[alias]
     wanted = replicas_wanted(known.pool, model)
     states = {each.state for each in instances if not each.stopping}
-    rest = [each for each in instances if each.stopping or each.state is not InstanceState.ACTIVE]
+    leaving = {key_of(each): why_outgoing(known.pool, each) for each in instances}
+    rest = [each for each in instances if each.stopping or leaving[key_of(each)] or each.state is not _ACTIVE]
     short = len(instances) - len(rest) < wanted
     never = alias in known.pool.shortages and not ever_fits(known.pool, model)
     return ModelView(
         alias=alias,
         state=next((state for state in _BEST_FIRST if state in states), InstanceState.UNLOADED),
-        reason=reason(known, alias, rest) if short else "",
+        reason=_standing_in(leaving, reason(known, alias, [each for each in rest if not leaving[key_of(each)]]))
+        if short
+        else "",
         spec=known.specs[alias],
         created=model.created,
         instances=tuple(_instance_view(known, each) for each in instances),
@@ -202,6 +207,13 @@ def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView
         outlook=outlook(known.pool, model, instances, known.now),
         learned=_learned(known, alias),
     )
+
+
+def _standing_in(leaving: Mapping[Key, str], reason: str) -> str:
+    """The reason why a model is not as it is to be; and who serves it meanwhile."""
+    names = ", ".join(f"{key[1]} on {key[0]}" for key, why in leaving.items() if why)
+    why = next(filter(None, leaving.values()), "")
+    return f"{names} stays until another is in its place, since {why}: {reason}" if names else reason
 
 
 def _learned(known: Known, alias: str) -> tuple[LearnedView, ...]:
@@ -239,6 +251,7 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
         state=instance.state,
         sleep_level_value=sleep_level(instance.state),
         reason=instance.reason or "; ".join(instance.refuses.values()),
+        leaving=why_outgoing(known.pool, instance),
         progress=report.progress if report and report.state is instance.state else None,
         failures=instance.failures,
         permanent=instance.permanent and instance.failures > 0,
@@ -268,4 +281,17 @@ def worker_view(known: Known, worker: Worker) -> WorkerView:
         host=facts.host,
         engines=dict(facts.engines),
         instances=tuple(name for worker_id, name in sorted(known.pool.instances) if worker_id == worker.worker_id),
+        draining=worker.worker_id in known.pool.draining,
+        drain=tuple(_drain(known, worker)) if worker.worker_id in known.pool.draining else (),
     )
+
+
+def _drain(known: Known, worker: Worker) -> Iterator[str]:
+    """What a worker that is being drained still waits for."""
+    if not worker.alive:
+        yield f"It takes no orders: {worker.reason}."
+    here = instances_on(known.pool, worker.worker_id)
+    for instance in sorted(here, key=lambda each: each.instance):
+        yield leaves(known.pool, instance)
+    if not here:
+        yield "Nothing runs there any more; it ends."

@@ -8,7 +8,13 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from modelpool.messages.workers import EPOCH_HEADER, InstanceReport, StartOrder, WorkerDescription
+from modelpool.messages.workers import (
+    EPOCH_HEADER,
+    UNLOADED_LEVEL,
+    InstanceReport,
+    StartOrder,
+    WorkerDescription,
+)
 
 _ORDER_DEADLINE_S = 10.0
 _WATCH_SILENCE_S = 15.0
@@ -62,9 +68,17 @@ class WorkerClient:
         content = await self._post(f"{url}/instances/start", msgspec.json.encode(order))
         return msgspec.json.decode(content, type=InstanceReport)
 
-    async def stop(self, url: str, instance: str) -> None:
-        """Stopping what is not there is done already."""
-        await self._post(f"{url}/instances/{quote(instance)}/stop", b"", accept=(404,))
+    async def stop(self, url: str, instance: str, drain_s: float | None) -> None:
+        """`drain_s`: what requests in flight have; None: what the worker gives. What is not there is done already."""
+        if drain_s is None:
+            await self._post(f"{url}/instances/{quote(instance)}/stop", b"", accept=(404,))
+        else:
+            body = msgspec.json.encode({"level": UNLOADED_LEVEL, "drain_s": drain_s})
+            await self._post(f"{url}/instances/{quote(instance)}/sleep", body, accept=(404,))
+
+    async def dismiss(self, url: str) -> None:
+        """It may end."""
+        await self._post(f"{url}/dismiss", b"")
 
     async def sleep(self, url: str, instance: str, level: int) -> None:
         await self._post(f"{url}/instances/{quote(instance)}/sleep", msgspec.json.encode({"level": level}))

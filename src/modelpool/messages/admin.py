@@ -18,6 +18,8 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     state: InstanceState
     sleep_level_value: int
     reason: str = ""
+    leaving: str = ""
+    """Why it is to go once others are in its place; "" when it stays."""
     progress: Progress | None = None
     failures: int = 0
     permanent: bool = False
@@ -86,6 +88,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     instances: tuple[str, ...]
     host: Device | None = None
     """The machine, beside its accelerators."""
+    draining: bool = False
+    drain: tuple[str, ...] = ()
+    """While it is being drained: what it still waits for. Sentences."""
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):

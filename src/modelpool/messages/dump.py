@@ -8,11 +8,14 @@ from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 
 
-class StoredModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`created`: seconds since 1970."""
+class StoredModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`created`: seconds since 1970. `replaces`: what instances may still serve it that were started before it was
+    registered anew; never dumped.
+    """
 
     spec: ModelSpec
     created: int
+    replaces: tuple[str, ...] = ()
 
 
 class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

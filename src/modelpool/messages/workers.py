@@ -23,6 +23,10 @@ EPOCH_HEADER = "X-ModelPool-Epoch"
 """On every request of a manager to a worker. A worker obeys the latest manager only; one without it is a person's."""
 
 
+UNLOADED_LEVEL = 3
+"""The sleep level at which there is no process any more."""
+
+
 class Device(Room, frozen=True, kw_only=True):
     """One accelerator, or the whole machine where there is none (`kind` "cpu"). Memory in bytes.
 

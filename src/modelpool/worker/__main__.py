@@ -50,23 +50,22 @@ _NO_VLLM = "vLLM is not installed in the worker's Python; `pip install 'modelpoo
 def main() -> int:
     """The worker as a child of `modelpool up`, which is told why it cannot start."""
     try:
-        run(from_environment())
+        return process.DISMISSED if run(from_environment()) else 0
     except process.StartupError as error:
         return _not_started(error.reason, error.hint)
     except (SettingsError, OSError) as error:
         return _not_started(str(error), "")
-    return 0
 
 
-def run(settings: Settings) -> None:
-    """Be the worker of this machine until a signal. Raises StartupError, OSError."""
+def run(settings: Settings) -> bool:
+    """Be the worker of this machine until a signal, or until it is drained: True. Raises StartupError, OSError."""
     process.enter("worker", log_level=settings.log_level)
     url = pool_url(settings.worker.manager_url)
     settings = structs.replace(settings, worker=structs.replace(settings.worker, manager_url=url))
     home = Home(settings.home_path)
     try:
         with home.lock(f"worker-{settings.worker_id}"):
-            uvloop.run(_until_signal(settings, home))
+            return uvloop.run(_until_signal(settings, home))
     except AlreadyRunning as error:
         hint = "End it first, or give this one another name: --worker-id, WORKER_ID."
         raise process.StartupError(f"{error} in the home {home.path}.", hint) from error
@@ -78,9 +77,15 @@ def _not_started(reason: str, hint: str) -> int:
     return 1
 
 
-async def _until_signal(settings: Settings, home: Home) -> None:
-    """Serve until SIGTERM or SIGINT, then end in order; at the second signal, at once."""
-    ending = asyncio.Event()
+async def _until_signal(settings: Settings, home: Home) -> bool:
+    """Serve until SIGTERM or SIGINT, then end in order; at the second signal, at once. True: it was dismissed."""
+    ending, dismissed = asyncio.Event(), asyncio.Event()
+
+    def dismiss() -> None:
+        log.info("this worker is drained")
+        dismissed.set()
+        ending.set()
+
     serving = asyncio.current_task()
     assert serving is not None
 
@@ -93,14 +98,15 @@ async def _until_signal(settings: Settings, home: Home) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     try:
-        await serve(settings, home, ending)
+        await serve(settings, home, ending, dismiss)
     except asyncio.CancelledError:
         if not ending.is_set():
             raise
+    return dismissed.is_set()
 
 
-async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
-    """Serve until `ending` is set. Then no instance and no forkserver is left."""
+async def serve(settings: Settings, home: Home, ending: asyncio.Event, dismiss: Callable[[], None]) -> None:
+    """Serve until `ending` is set. Then no instance and no forkserver is left. `dismiss`: the manager says so."""
     worker = settings.worker
     token = settings.token or home.cluster_token()
     tag = f"{home.path}:{settings.worker_id}"
@@ -139,7 +145,9 @@ async def serve(settings: Settings, home: Home, ending: asyncio.Event) -> None:
         )
         gone = asyncio.Event()
         fence = Fence(lambda: bool(supervisor.reports()))
-        app = worker_app(supervisor, describe=describe, proxy=proxy, fence=fence, token=token, ending=gone)
+        app = worker_app(
+            supervisor, describe=describe, proxy=proxy, fence=fence, token=token, ending=gone, dismiss=dismiss
+        )
         registration = Registration(
             manager_url=worker.manager_url,
             token=token,
@@ -182,7 +190,8 @@ async def _run(
 def worker_info(settings: Settings, port: int) -> WorkerInfo:
     """Who this worker is; `port` is the one it listens on. Raises StartupError for a public URL of no use."""
     worker = settings.worker
-    if worker.public_url and urlsplit(worker.public_url).scheme not in ("http", "https"):
+    public = urlsplit(worker.public_url)
+    if worker.public_url and (public.scheme != "http" or not public.hostname):
         raise process.StartupError(
             f"The public URL {worker.public_url!r} cannot be used.", "Set PUBLIC_URL to http://…"
         )

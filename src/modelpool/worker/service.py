@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from modelpool import __version__
 from modelpool.control_http import TokenGuard, answer, body_schema, render_errors, share_schemas
-from modelpool.errors import BodyTooLarge
+from modelpool.errors import BodyTooLarge, Conflict
 from modelpool.messages.models import decode_body
 from modelpool.messages.workers import SleepOrder, StartOrder, WorkerDescription
 from modelpool.worker.fence import Fence, FenceGuard
@@ -34,12 +34,14 @@ def worker_app(
     fence: Fence,
     token: str,
     ending: asyncio.Event,
+    dismiss: Callable[[], None],
 ) -> ASGIApp:
-    """The whole service. Open streams end once `ending` is set."""
+    """The whole service. Open streams end once `ending` is set; `dismiss` is called where the manager says so."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     render_errors(app)
     _add_worker_routes(app, describe, ending)
     _add_orders(app, supervisor)
+    _add_dismissal(app, supervisor, dismiss)
     _add_reports(app, supervisor, ending)
     app.mount("/proxy", proxy)
     return TokenGuard(FenceGuard(app, fence), token=token)
@@ -91,6 +93,16 @@ def _add_orders(app: FastAPI, supervisor: Supervisor) -> None:
     @app.post("/instances/{instance:path}/wake")
     async def wake(instance: str) -> Response:
         return answer(supervisor.wake(instance))
+
+
+def _add_dismissal(app: FastAPI, supervisor: Supervisor, dismiss: Callable[[], None]) -> None:
+    @app.post("/dismiss")
+    async def dismissed() -> Response:
+        if running := supervisor.reports():
+            raise Conflict(f"`{running[0].instance}` is here, so this worker does not end.", code="worker_busy")
+        supervisor.take_no_more_orders()
+        dismiss()
+        return answer({"status": "ok"})
 
 
 async def _body(request: Request) -> bytes:

@@ -18,6 +18,7 @@ from modelpool.errors import Conflict, Draining, InstanceNotFound, InvalidBody
 from modelpool.messages.engine import HostStatus
 from modelpool.messages.models import EngineKind, ModelSpec, for_engine
 from modelpool.messages.workers import (
+    UNLOADED_LEVEL,
     Address,
     Device,
     EngineStatus,
@@ -41,7 +42,6 @@ _ROTATION_INTERVAL_S = 10.0
 _MEASURE_INTERVAL_S = 10.0
 _NOISE = 0.02
 _SERVED = (InstanceState.ACTIVE, InstanceState.DRAINING)
-UNLOADED_LEVEL = 3
 _NO_FIGURES = HostStatus(inflight=0, requests_total=0)
 
 

@@ -32,7 +32,7 @@ def apply(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove models that the file does not name.")] = False,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Remove and register again what cannot change while it runs.")
+        bool, typer.Option("--replace", help="Start other instances of what cannot change while it runs.")
     ] = False,
     url: UrlOption = None,
     json: JsonOption = False,
@@ -46,7 +46,7 @@ def apply(
             names = ", ".join(each.field for each in fixed[0].differences if each.field not in CHANGEABLE)
             fail(
                 f"{fixed[0].alias} cannot change in {names} while it runs; nothing was done",
-                "With --replace it is removed and registered again, and answers nothing until it has started.",
+                "With --replace other instances are started, and take the place of those that run.",
             )
         if steps and not yes and not _confirmed():
             fail("nothing was done.", "Say --yes where nobody can be asked.")
@@ -128,9 +128,9 @@ def _confirmed() -> bool:
 
 
 def _take(client: PoolClient, step: Step) -> None:
-    if step.kind in ("remove", "replace"):
-        client.remove(step.alias)
     if step.kind == "change":
         client.change(step.alias, patch(step))
     elif step.spec is not None:
-        client.register(msgspec.to_builtins(step.spec))
+        client.register(msgspec.to_builtins(step.spec), replace=step.kind == "replace")
+    else:
+        client.remove(step.alias)

@@ -35,6 +35,9 @@ def register(
     gpu_memory_gb: Annotated[float | None, typer.Option(help="GB of each device for it.")] = None,
     min_replicas: Annotated[int | None, typer.Option(help="Replicas to keep.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="Use the fake engine.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In the place of another model: new instances first, then its end.")
+    ] = False,
     wait_: Annotated[
         bool, typer.Option("--wait", help="Wait until all its replicas are ready, or it has failed.")
     ] = False,
@@ -61,7 +64,7 @@ def register(
     if engine_arg:
         body["engine_args"] = {**body.get("engine_args", {}), **assignments(engine_arg)}
     with client_of(url) as client:
-        view = client.register(body)
+        view = client.register(body, replace=replace)
         if wait_:
             view = _waited(client, view.alias, timeout, quiet=json)
     failed = wait_ and not is_ready(view)

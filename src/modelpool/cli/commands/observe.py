@@ -21,6 +21,7 @@ from modelpool.cli.tables import (
     now_line,
     phases_table,
     status_line,
+    worker_lines,
     workers_table,
 )
 from modelpool.messages.admin import ModelView
@@ -44,15 +45,20 @@ def status(url: UrlOption = None, json: JsonOption = False) -> None:
 
 
 def explain(
-    what: Annotated[str, typer.Argument(help="The X-Request-Id of a recent request, or the alias of a model.")],
+    what: Annotated[
+        str, typer.Argument(help="The X-Request-Id of a recent request, the alias of a model, or a worker's name.")
+    ],
     url: UrlOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what was decided for a recent request, or is to become of a model, and why."""
+    """Say what was decided for a recent request, or is to become of a model or a worker, and why."""
     with client_of(url) as client:
-        model = next((each for each in client.status().models if each.alias == what), None)
-        if model is not None:
+        pool = client.status()
+        if model := next((each for each in pool.models if each.alias == what), None):
             _explain_model(model, json)
+            return
+        if worker := next((each for each in pool.workers if each.worker_id == what), None):
+            print_json(worker) if json else _tell(worker_lines(worker), None)
             return
         try:
             explanation = client.explain(what)

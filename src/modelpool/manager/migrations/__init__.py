@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-HEAD = "5"
+HEAD = "6"
 """The latest revision. Named here so that a store which has it is opened without importing Alembic (0.3 s)."""
 BEFORE_ALEMBIC = {1: "1", 2: "2", 3: "3"}
 """The revision of a store that has no table of Alembic's, by the number that it has instead."""
