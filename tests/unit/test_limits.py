@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from modelpool.core.limits import RUNNING_RETRY_S, STEP_S, WINDOW_S, Limit, Limits, Row, Verdict, Window
+from modelpool.core.limits import RUNNING_RETRY_S, STEP_S, WINDOW_S, Limit, Limits, Row, Use, Verdict, Window
 
 SLOTS = 4
 ERA = 7
@@ -262,3 +262,29 @@ def test_a_high_limit_takes_no_more_memory_than_a_low_one_and_holds() -> None:
     assert verdict.refused is None
     assert verdict.requests == Window(10**12 - 2, WINDOW_S)
     assert key.admit(1.0, tokens=1).refused is Limit.TOKENS
+
+
+def test_a_nodes_part_is_kept_to_and_the_latest_counts() -> None:
+    key = Key(Limits(requests=10, tokens=100, concurrency=5))
+    assert key.row.part() is None
+    key.row.allow(7, Limits(requests=2, tokens=50, concurrency=5))
+    key.row.allow(6, Limits(requests=9, tokens=99, concurrency=9))
+    assert key.row.part() == Limits(requests=2, tokens=50, concurrency=5)
+    short = key.admit(0.0, tokens=60)
+    assert (short.refused, short.short, short.retry_after) == (Limit.TOKENS, True, RUNNING_RETRY_S)
+    assert key.admit(0.0, tokens=20).refused is None
+    assert key.admit(0.0, slot=1, tokens=20).refused is None
+    assert key.admit(0.0).refused is Limit.REQUESTS
+    assert key.row.use(0.0, key.generations, SLOTS) == Use(requests=2, tokens=40, running=2)
+    key.row.allow(8, Limits(requests=10, tokens=100, concurrency=2))
+    assert key.admit(0.0).refused is Limit.CONCURRENCY
+    key.row.allow(9, Limits(requests=10, tokens=100, concurrency=None))
+    assert key.admit(0.0).refused is None
+
+
+def test_the_limit_itself_is_named_before_the_part_of_it() -> None:
+    key = Key(Limits(requests=1))
+    key.row.allow(1, Limits(requests=1))
+    assert key.admit(0.0).refused is None
+    refused = key.admit(1.0)
+    assert (refused.refused, refused.short, refused.retry_after) == (Limit.REQUESTS, False, WINDOW_S - 1.0)

@@ -6,6 +6,8 @@ second, so that each question costs O(log n) at most.
 
 What runs, and the tokens reserved for it, each process keeps in cells of its slot, marked with its generation. When it
 dies its slot gets another generation: those cells count no more, and what was reserved in them counts as used.
+
+Where there are several nodes the row also has the part of the limits that is for this one (core/shares.py).
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ WINDOW_S = 60.0
 STEP_S = 0.1
 """Requests and tokens count for up to this much longer than the window, never shorter."""
 RUNNING_RETRY_S = 1.0
-"""When one of those that run will have ended nobody can say."""
+"""When one of those that run will have ended nobody can say; nor when another node gives up what it does not need."""
 
 _STEPS = 640  # more than there are in a window
 _WORD = 8
-_ERA, _SLOTS = range(2)
+_ERA, _VERSION, _MAY_REQUEST, _MAY_TAKE, _MAY_RUN, _SLOTS = range(6)
+_WITHOUT_END = 1 << 62
 _GENERATION, _RUNNING, _RESERVED, _SLOT = range(4)
 _TOTAL, _ENTRIES, _TIMES = range(3)
 _SUMS = _TIMES + _STEPS
@@ -61,6 +64,16 @@ class Verdict(msgspec.Struct, frozen=True):
     retry_after: float | None
     requests: Window | None
     tokens: Window | None
+    short: bool = False
+    """There may be room, which is another node's as yet."""
+
+
+class Use(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Of each limit; `tokens` with those that are reserved."""
+
+    requests: int = 0
+    tokens: int = 0
+    running: int = 0
 
 
 class _Ring:
@@ -126,6 +139,37 @@ class Row:
         rings = (limits.requests is not None) + (limits.tokens is not None)
         return _WORD * (_SLOTS + _SLOT * slots + rings * _RING)
 
+    def allow(self, version: int, part: Limits) -> None:
+        """So much of the limits is for this node; of several versions the latest counts."""
+        cells = self._cells
+        if version > cells[_VERSION]:
+            for at, most in (
+                (_MAY_REQUEST, part.requests),
+                (_MAY_TAKE, part.tokens),
+                (_MAY_RUN, part.concurrency),
+            ):
+                cells[at] = _WITHOUT_END if most is None else most
+            cells[_VERSION] = version
+
+    def part(self) -> Limits | None:
+        """What was allowed last; None: all."""
+        cells = self._cells
+        if not cells[_VERSION]:
+            return None
+        parts = (None if cells[at] == _WITHOUT_END else cells[at] for at in (_MAY_REQUEST, _MAY_TAKE, _MAY_RUN))
+        requests, tokens, concurrency = parts
+        return Limits(requests=requests, tokens=tokens, concurrency=concurrency)
+
+    def use(self, now: float, generations: memoryview[int], slots: int) -> Use:
+        """What this node uses now."""
+        running, reserved = self._held(now, generations, slots)
+        since = now - WINDOW_S
+        return Use(
+            requests=self._requests.used(since) if self._requests else 0,
+            tokens=reserved + self._tokens.used(since) if self._tokens else 0,
+            running=running,
+        )
+
     def enter(self, now: float, slot: int, generation: int) -> None:
         """A process begins to use the row, with nothing running."""
         at = _SLOTS + _SLOT * slot
@@ -151,6 +195,11 @@ class Row:
             full = full or free_tokens < tokens
         if full:
             return self._refuse(now, running, reserved, tokens, free_requests, free_tokens)
+        if self._cells[_VERSION]:
+            requests, taken = limits.requests or 0, (limits.tokens or 0) + tokens
+            over = self._over_part(running, requests - free_requests, taken - free_tokens)
+            if over is not None:
+                return self._refuse_over_part(now, over, reserved, free_requests, free_tokens)
         at = _SLOTS + _SLOT * slot
         self._cells[at + _RUNNING] += 1
         requests_window = tokens_window = None
@@ -191,6 +240,27 @@ class Row:
         if self._tokens is not None and self._cells[at + _RESERVED]:
             self._tokens.use(now, self._cells[at + _RESERVED])
         self._cells[at + _RESERVED] = 0
+
+    def _over_part(self, running: int, requests: int, tokens: int) -> Limit | None:
+        """The limit of which this node has no part left, with so many running and used, and these tokens besides."""
+        cells, limits = self._cells, self._limits
+        if limits.concurrency is not None and running >= cells[_MAY_RUN]:
+            return Limit.CONCURRENCY
+        if limits.requests is not None and requests >= cells[_MAY_REQUEST]:
+            return Limit.REQUESTS
+        return Limit.TOKENS if limits.tokens is not None and tokens > cells[_MAY_TAKE] else None
+
+    def _refuse_over_part(
+        self, now: float, over: Limit, reserved: int, free_requests: int, free_tokens: int
+    ) -> Verdict:
+        requests, tokens = self._requests, self._tokens
+        return Verdict(
+            over,
+            RUNNING_RETRY_S,
+            None if requests is None else Window(free_requests, requests.reset(now)),
+            None if tokens is None else Window(free_tokens, WINDOW_S if reserved else tokens.reset(now)),
+            short=True,
+        )
 
     def _refuse(
         self, now: float, running: int, reserved: int, tokens: int, free_requests: int, free_tokens: int

@@ -38,6 +38,7 @@ from modelpool.gateway.snapshots import SnapshotFeed
 from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.home import Home
+from modelpool.messages.routing import Others
 from modelpool.relay import Deadlines, Endpoint, Pools
 from modelpool.settings import GatewaySettings, Settings, SettingsError, from_environment
 from modelpool.tcp import bind_tcp, inherited, url_of
@@ -100,11 +101,16 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         instances = Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None)
         table = Table(instances)
         room = Room(table, _rules(gateway))
-        demand = DemandReporter(table, room, control)
-        feed = SnapshotFeed(table, keys, control, gateway=demand.gateway)
-        stored = StoredResponses(gateway.responses_remembered)
         limiter = Limiter(node)
         keys.when_gone(limiter.forget)
+        demand = DemandReporter(table, room, control, limiter, node=node.name)
+
+        def hear(others: Others) -> None:
+            instances.hear(others.inflight)
+            limiter.hear(others)
+
+        feed = SnapshotFeed(table, keys, control, gateway=demand.gateway, hear=hear)
+        stored = StoredResponses(gateway.responses_remembered)
         inference = Inference(table, room, stored, limiter, _deadlines(gateway))
         observers = await stack.enter_async_context(observing(node, table, instances, gateway, home.logs))
         responses = Responses(table, inference, stored)

@@ -12,6 +12,7 @@ import msgspec
 from modelpool.errors import PoolError
 from modelpool.gateway.hold import Room
 from modelpool.gateway.instances import Instance
+from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.table import Table
 from modelpool.messages.demand import INTERVAL_S, DemandReport, ModelDemand
 from modelpool.relay import Pool, encode_request, fetch, fixed_headers
@@ -25,9 +26,12 @@ _JSON = [(b"content-type", b"application/json")]
 class DemandReporter:
     """Reports at once when the first request waits for a model, else every second while there is anything to say."""
 
-    def __init__(self, table: Table, room: Room, control: Pool) -> None:
-        self.gateway = secrets.token_hex(8)
+    def __init__(self, table: Table, room: Room, control: Pool, limiter: Limiter, *, node: str) -> None:
+        self.gateway = f"{node}.{secrets.token_hex(8)}"
         """This process's name in its reports."""
+        self._limiter = limiter
+        limiter.when_short(room.wanted.set)
+        self._told_heard = 0
         self._table = table
         self._room = room
         self._control = control
@@ -53,9 +57,10 @@ class DemandReporter:
         for alias in self._room.waiting_aliases():
             said = models.get(alias, ModelDemand())
             models[alias] = msgspec.structs.replace(said, waiting=self._room.waiting_for(alias))
-        if not models and self._silent:
+        keys, heard = self._limiter.demand(), self._limiter.heard
+        if not models and not keys and self._silent and heard == self._told_heard:
             return
-        body = msgspec.json.encode(DemandReport(gateway=self.gateway, models=models))
+        body = msgspec.json.encode(DemandReport(gateway=self.gateway, models=models, keys=keys, heard=heard))
         fixed = fixed_headers(self._control.endpoint)
         request = encode_request(b"POST", b"/demand", _JSON, fixed=fixed, body=body)
         async with fetch(self._control, request) as response:
@@ -64,6 +69,7 @@ class DemandReporter:
             log.warning("the manager does not take the demand: status %s", response.status)
             return
         self._told = counts
+        self._told_heard = heard
         self._silent = not models
 
     def _demand(self, instances: tuple[Instance, ...]) -> ModelDemand | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from modelpool.core.breaker import CLOSED
@@ -22,6 +23,7 @@ class Instance:
         "_suspects",
         "breaker",
         "capacity",
+        "elsewhere",
         "fixed",
         "gone",
         "inflight",
@@ -45,7 +47,9 @@ class Instance:
         self.requests = 0
         """How many it ever was sent by this process."""
         self.inflight = 0
-        """Requests of all gateway processes on this node, as of the last `count_all`."""
+        """Requests of all gateway processes on this node, as of the last `count_all`, and `elsewhere`."""
+        self.elsewhere = 0
+        """Requests of other nodes, as they last said."""
         self.breaker = CLOSED
         self.gone = False
         self._suspects = suspects
@@ -56,7 +60,11 @@ class Instance:
 
     def count_all(self) -> None:
         if self._row is not None:
-            self.inflight = self._row.total
+            self.inflight = self._row.total + self.elsewhere
+
+    def hear(self, elsewhere: int) -> None:
+        self.inflight += elsewhere - self.elsewhere
+        self.elsewhere = elsewhere
 
     def add(self, requests: int) -> None:
         """For a lease: one more of ours, or one less."""
@@ -156,6 +164,11 @@ class Instances:
             row = self._shared.take(f"{route.worker_id}/{route.instance}/{route.port}") if self._shared else None
             instance = self._by_route[route] = Instance(route, pool, self._token, self.suspects, row)
         return instance
+
+    def hear(self, elsewhere: Mapping[str, int]) -> None:
+        """What other nodes have in flight at each instance."""
+        for instance in self._by_route.values():
+            instance.hear(elsewhere.get(instance.name, 0))
 
     def keep_only(self, routes: set[Route]) -> None:
         """Forget the instances that are routed no more, and close what is idle to where none is left.

@@ -15,13 +15,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
-from modelpool.core.limits import Limit, Limits, Row, Verdict
+from modelpool.core.limits import Limit, Limits, Row, Use, Verdict
+from modelpool.core.shares import first_part
 from modelpool.errors import InternalError, RateLimitExceeded, UpstreamTimeout
 from modelpool.gateway.keys import Caller
 from modelpool.gateway.meter import NOTHING, Estimate, Meter, estimate
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Kind, Route
 from modelpool.gateway.shared import SLOTS, Lock, Node
+from modelpool.messages.demand import KeyDemand
+from modelpool.messages.routing import Others
 
 OPEN_MAX = 512
 """Keys whose files are kept open while nothing of theirs runs: each takes a descriptor."""
@@ -30,6 +33,9 @@ log = logging.getLogger(__name__)
 _FREE: AbstractContextManager[None] = nullcontext()
 _LINES = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-reset-%b: %b\r\nx-ratelimit-remaining-%b: "
 _WHILE_IT_RAN = (asyncio.CancelledError, UpstreamTimeout)
+_SAY_SHORT_S = 0.1
+_FILE = "limits-{}"
+"""The layout of the file in its name, so that processes of two versions may run at once."""
 _FIRST_LOCK = 1 << 20
 _LOCKS = 1 << 20
 
@@ -41,6 +47,9 @@ class Limiter:
         self._node = node
         self._era = _boot() if era is None else era
         self._keys: dict[str, _Key] = {}
+        self._others: Others | None = None
+        self._when_short: Callable[[], None] = lambda: None
+        self._said_short = -math.inf
         self.clock = clock
         self.slot = node.slot
         self.generations = memoryview(node.map("generations", 8 * (SLOTS + 1), whole=True)).cast("q")
@@ -56,11 +65,51 @@ class Limiter:
             return _FREE
         return _Grant(self, self._keys.get(caller.id) or self._mapped(caller.id, caller.limits), request, route)
 
+    def when_short(self, act: Callable[[], None]) -> None:
+        """Have `act` called when a request was refused since other nodes have the rest of its key's limit."""
+        self._when_short = act
+
+    def say_short(self) -> None:
+        """For a grant. What is refused meanwhile is said with the next."""
+        if (now := self.clock()) - self._said_short > _SAY_SHORT_S:
+            self._said_short = now
+            self._when_short()
+
+    @property
+    def heard(self) -> int:
+        """The number of what was heard of other nodes last."""
+        return self._others.number if self._others else 0
+
+    def hear(self, others: Others) -> None:
+        """What the other nodes leave to this one."""
+        self._others = others
+        for id, key in self._keys.items():
+            self._allow(id, key)
+
+    def _allow(self, id: str, key: _Key) -> None:
+        others = self._others
+        if others is not None:
+            with key.lock:
+                key.row.allow(others.number, others.keys.get(id) or _first_part(key.limits, others.nodes))
+
+    def demand(self) -> dict[str, KeyDemand]:
+        """What the manager is to know of the keys that are used: by their ids."""
+        said = {}
+        for id, key in self._keys.items():
+            with key.lock:
+                use = key.row.use(self.clock(), self.generations, self.generations[SLOTS])
+                part = key.row.part()
+            if use != Use() or key.asked_requests:
+                asked = Use(requests=key.asked_requests, tokens=key.asked_tokens)
+                said[id] = KeyDemand(use=use, asked=asked, part=part)
+                key.asked_requests = key.asked_tokens = 0
+        return said
+
     def forget(self, caller: Caller) -> None:
         """The key is gone. What it has running still writes to what it has mapped."""
         if caller.limits is not None:
             self._keys.pop(caller.id, None)
-            self._node.remove(caller.id)
+            self._node.remove(_FILE.format(caller.id))
 
     def _mapped(self, id: str, limits: Limits) -> _Key:
         """Raises InternalError where there is no room for it."""
@@ -69,7 +118,7 @@ class Limiter:
         number = int.from_bytes(id.encode()[-8:], "little") % _LOCKS
         lock = self._node.lock(_FIRST_LOCK + 1 + number)
         try:
-            cells = memoryview(self._node.map(id, Row.size(limits, SLOTS), whole=True))
+            cells = memoryview(self._node.map(_FILE.format(id), Row.size(limits, SLOTS), whole=True))
         except OSError as error:
             log.error("the limits of %s: %s", id, error)
             raise InternalError(f"The limits of this key cannot be kept: {error.strerror}.") from error
@@ -77,6 +126,7 @@ class Limiter:
             row = Row(cells, limits, slots=SLOTS, era=self._era)
             row.enter(self.clock(), self.slot, self.generations[self.slot])
         key = self._keys[id] = _Key(limits, row, lock)
+        self._allow(id, key)
         return key
 
     def _clear(self, slot: int) -> None:
@@ -84,15 +134,19 @@ class Limiter:
 
 
 class _Key:
-    """A row that this process has mapped. `running`: requests of this process; `lines`: see `_template`."""
+    """A row that this process has mapped. `running`: requests of this process; `lines`: see `_template`.
 
-    __slots__ = ("limits", "lines", "lock", "row", "running")
+    `asked_…`: what this process was asked for since that was last reported.
+    """
+
+    __slots__ = ("asked_requests", "asked_tokens", "limits", "lines", "lock", "row", "running")
 
     def __init__(self, limits: Limits, row: Row, lock: Lock) -> None:
         self.limits = limits
         self.row = row
         self.lock = lock
         self.running = 0
+        self.asked_requests = self.asked_tokens = 0
         self.lines = _template(limits)
 
 
@@ -114,10 +168,14 @@ class _Grant:
         if key.limits.tokens is not None:
             self._estimate = needs = estimate(self._route, request.body)
             tokens = needs.total
+        key.asked_requests += 1
+        key.asked_tokens += tokens
         generations = limiter.generations
         with key.lock:
             verdict = key.row.admit(limiter.clock(), limiter.slot, generations, generations[SLOTS], tokens)
         if verdict.refused is not None:
+            if verdict.short:
+                limiter.say_short()
             request.added += _lines(key.limits, verdict)
             raise _refusal(request, key.limits, verdict, self._estimate)
         request.added += _filled(key.lines, verdict)
@@ -136,6 +194,12 @@ class _Grant:
         used = meter.used(self._estimate, abandoned=error is not None and isinstance(error, _WHILE_IT_RAN))
         with key.lock:
             key.row.leave(limiter.clock(), limiter.slot, self._estimate.total, used)
+
+
+def _first_part(limits: Limits, nodes: int) -> Limits:
+    """Of limits of which no node has used anything lately."""
+    each = {name: getattr(limits, name) for name in Limits.__struct_fields__}
+    return Limits(**{name: None if limit is None else first_part(limit, nodes) for name, limit in each.items()})
 
 
 def _template(limits: Limits) -> bytes:

@@ -11,10 +11,11 @@ import asyncio
 import fcntl
 import mmap
 import os
+import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -87,6 +88,8 @@ class Node:
 
     def __init__(self, folder: Path, fd: int, slot: int) -> None:
         self.slot = slot
+        self.name = _name(folder)
+        """The same for all processes of the node, and of no other node."""
         self._folder = folder
         self._fd = fd
         self._used = self.map("slots", SLOTS)
@@ -167,6 +170,17 @@ def joined(folder: Path) -> Iterator[Node]:
             node.leave()
     finally:
         os.close(fd)
+
+
+def _name(folder: Path) -> str:
+    with suppress(FileExistsError):
+        mine = folder / f"name-{os.getpid()}"
+        mine.write_text(secrets.token_hex(8))
+        try:
+            os.link(mine, folder / "name")
+        finally:
+            mine.unlink()
+    return (folder / "name").read_text()
 
 
 def _try_lock(fd: int, offset: int) -> bool:

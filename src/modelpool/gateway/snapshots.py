@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import msgspec
@@ -13,7 +13,7 @@ from modelpool.core.epoch import is_older
 from modelpool.errors import PoolError
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.table import Gap, Table
-from modelpool.messages.routing import KEEPALIVE_S, Keys, KeysDelta, Update
+from modelpool.messages.routing import KEEPALIVE_S, Keys, KeysDelta, Others, Update
 from modelpool.relay import Pool, Response, encode_request, fetch, fixed_headers
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,16 @@ class Broken(Exception):
 class SnapshotFeed:
     """Follows the manager. While it is away table and keys stay as they were last."""
 
-    def __init__(self, table: Table, keys: KeyRing, control: Pool, *, gateway: str = "") -> None:
+    def __init__(
+        self,
+        table: Table,
+        keys: KeyRing,
+        control: Pool,
+        *,
+        gateway: str = "",
+        hear: Callable[[Others], None] = lambda others: None,
+    ) -> None:
+        self._hear = hear
         self._table = table
         self._keys = keys
         self._control = control
@@ -91,6 +100,9 @@ class SnapshotFeed:
             raise Broken(f"it has epoch {update.epoch}, and a later one was heard: {self._table.epoch}")
         if isinstance(update, Keys | KeysDelta):
             self._keys.apply(update)
+            return
+        if isinstance(update, Others):
+            self._hear(update)
             return
         self._table.apply(update)
         self._first.set()

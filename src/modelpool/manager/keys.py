@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from modelpool.core.limits import Limits
 from modelpool.errors import Conflict, NotFound
 from modelpool.manager.store import Store
 from modelpool.messages.dump import StoredKey
@@ -87,6 +88,19 @@ class KeyRegister:
                 self._changed(revoked=(id,))
                 log.info("revoked the key %s (%s)", id, key.spec.name)
             return _view(key)
+
+    def limits(self) -> dict[str, Limits]:
+        """Of the live keys that have any, by their ids."""
+        live = {
+            key.id: Limits(
+                requests=key.spec.requests_per_minute,
+                tokens=key.spec.tokens_per_minute,
+                concurrency=key.spec.max_concurrency,
+            )
+            for key in self._keys.values()
+            if key.revoked is None
+        }
+        return {id: limits for id, limits in live.items() if limits != Limits()}
 
     def stored(self) -> tuple[StoredKey, ...]:
         return tuple(sorted(self._keys.values(), key=lambda key: (key.created, key.id)))

@@ -10,10 +10,11 @@ import asyncio
 import difflib
 import hashlib
 import logging
+import math
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,10 +31,11 @@ from modelpool.manager import views
 from modelpool.manager.keys import KeyRegister
 from modelpool.manager.lease import Lease
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
+from modelpool.manager.sharing import Sharing
 from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
-from modelpool.messages.demand import DemandReport
+from modelpool.messages.demand import DemandReport, node_of
 from modelpool.messages.dump import Dump, Loaded, StoredModel
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import CHANGEABLE, ModelSpec, changed, for_engine
@@ -54,6 +56,8 @@ log = logging.getLogger(__name__)
 
 _SUBSCRIBER_BACKLOG = 256
 _TELL_S = 0.5
+_SHARE_S = 0.05
+"""So often at most the nodes are told of each other."""
 _BACK_S = 1.0
 """Gateways that followed the manager before this one are back within half of it."""
 _WATCH_RETRY_S = 1.0
@@ -150,7 +154,10 @@ class Manager:
         self._postponed: set[core.Key] = set()
         self._published: dict[str, ModelEntry] | None = None
         self._sequence = 0
-        self._subscribers: set[asyncio.Queue[Update]] = set()
+        self._subscribers: dict[asyncio.Queue[Update], str] = {}
+        """Each with the gateway that it is for."""
+        self._sharing = Sharing()
+        self._shared_at = -math.inf
         self._keys = KeyRegister(store, tell=self._send)
 
     # ------------------------------------------------------------ its life
@@ -559,6 +566,9 @@ class Manager:
             for alias, each in report.models.items()
         }
         self._apply(core.DemandHeard(report.gateway, seen))
+        self._sharing.hear(report, _now())
+        if _now() - self._shared_at >= _SHARE_S:
+            self._tell_of_others()
 
     # ------------------------------------------------------------ workers
 
@@ -756,17 +766,19 @@ class Manager:
             self._sequence += 1
             self._send(self._snapshot())
 
-    def _send(self, update: Update) -> None:
-        for queue in list(self._subscribers):
+    def _send(self, update: Update, to: Collection[asyncio.Queue[Update]] | None = None) -> None:
+        for queue in list(self._subscribers if to is None else to):
             try:
                 queue.put_nowait(update)
             except asyncio.QueueFull:
-                self._subscribers.discard(queue)  # it sees no more keepalives, and asks for a new snapshot
+                self._subscribers.pop(queue, None)  # it sees no more keepalives, and asks for a new snapshot
 
     async def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
         await self._outlive(epoch)
         queue: asyncio.Queue[Update] = asyncio.Queue(_SUBSCRIBER_BACKLOG)
-        self._subscribers.add(queue)
+        self._subscribers[queue] = gateway
+        self._sharing.join(gateway)
+        self._tell_of_others()
         whole: list[Update] = [self._keys.update()]
         if self._published is not None:
             whole.append(self._snapshot())
@@ -784,9 +796,18 @@ class Manager:
                     yield update
                     queue.task_done()
         finally:
-            self._subscribers.discard(queue)
-            if gateway:
+            self._subscribers.pop(queue, None)
+            if gateway and gateway not in self._subscribers.values():
                 self._apply(core.GatewayGone(gateway))
+                self._sharing.leave(gateway)
+                self._tell_of_others()
+
+    def _tell_of_others(self) -> None:
+        """Tell the gateways of each node what is new of the others."""
+        self._shared_at = _now()
+        base = number_of(self._store.epoch) << 32
+        for node, others in self._sharing.news(self._keys.limits(), self._store.epoch, base, _now()):
+            self._send(others, to={queue for queue, name in self._subscribers.items() if node_of(name) == node})
 
     async def _told_gateways(self) -> None:
         """Wait until what was published is on its way to every gateway; not long for one that reads nothing."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import msgspec
 
+from modelpool.core.limits import Limits
+
 KEEPALIVE_S = 5.0
 
 
@@ -90,6 +92,20 @@ class KeysDelta(msgspec.Struct, frozen=True, kw_only=True, tag="keys_delta"):
     """Their ids."""
 
 
+class Others(msgspec.Struct, frozen=True, kw_only=True, tag="others"):
+    """What the gateways of this node should know of those of others, where there are any. Each replaces the one before.
+
+    `number` grows, also from one manager to the next. `nodes`: so many have gateways. `inflight`: what others have at
+    instances. `keys`: of each key that is used, by its id, the part of its limits that is for this node.
+    """
+
+    epoch: str
+    number: int
+    nodes: int
+    inflight: dict[str, int] = {}
+    keys: dict[str, Limits] = {}
+
+
 RoutingUpdate = Snapshot | Delta
 KeysUpdate = Keys | KeysDelta
-Update = RoutingUpdate | KeysUpdate
+Update = RoutingUpdate | KeysUpdate | Others

@@ -1,0 +1,86 @@
+"""What nodes are told of each other, as short stories."""
+
+from __future__ import annotations
+
+from modelpool.core.limits import WINDOW_S, Limits, Use
+from modelpool.manager.sharing import Sharing
+from modelpool.messages.demand import DemandReport, KeyDemand, ModelDemand, node_of
+from modelpool.messages.routing import Others
+
+LIMITS = {"k": Limits(requests=100, concurrency=10)}
+
+
+def report(
+    gateway: str, *, heard: int = 0, inflight: int = 0, use: Use | None = None, asked: Use = Use()
+) -> DemandReport:
+    models = {"m": ModelDemand(inflight={"m": inflight})} if inflight else {}
+    keys = {} if use is None else {"k": KeyDemand(use=use, asked=asked)}
+    return DemandReport(gateway=gateway, models=models, keys=keys, heard=heard)
+
+
+def news(sharing: Sharing, now: float = 0.0) -> dict[str, Others]:
+    return dict(sharing.news(LIMITS, "c.1", 1000, now))
+
+
+def two(now: float = 0.0) -> Sharing:
+    """Two nodes that know of each other, and that all of the key's use was on the first."""
+    sharing = Sharing()
+    sharing.join("a.1")
+    sharing.hear(report("a.1", use=Use(requests=40), asked=Use(requests=40)), now)
+    sharing.join("b.1")
+    return sharing
+
+
+def test_a_node_is_the_first_part_of_a_gateways_name() -> None:
+    assert [node_of(name) for name in ("n.p", "alone", "")] == ["n", "", ""]
+
+
+def test_where_there_is_one_node_nothing_is_told() -> None:
+    sharing = Sharing()
+    sharing.join("a.1")
+    sharing.join("a.2")
+    sharing.hear(report("a.1", use=Use(requests=3), asked=Use(requests=3)), 0.0)
+    assert news(sharing) == {}
+
+
+def test_a_node_that_joins_gets_only_what_the_other_is_known_to_have_given_up() -> None:
+    sharing = two()
+    told = news(sharing)
+    assert {node: (each.nodes, each.keys["k"].requests) for node, each in told.items()} == {"a": (2, 97), "b": (2, 0)}
+    assert news(sharing) == {}, "nothing is new"
+    sharing.hear(report("a.1", heard=told["a"].number, use=Use(requests=40)), 1.0)
+    told = news(sharing, 1.0)
+    assert told["b"].keys["k"].requests == 3
+    sharing.hear(report("b.1", heard=told["b"].number, use=Use(), asked=Use(requests=500)), 2.0)
+    first = news(sharing, 2.0)
+    sharing.hear(report("a.1", heard=first["a"].number, use=Use(requests=40)), 2.1)
+    sharing.hear(report("b.1", heard=told["b"].number, use=Use(requests=3), asked=Use(requests=500)), 2.1)
+    parts = {node: each.keys["k"].requests or 0 for node, each in news(sharing, 2.1).items()}
+    assert parts["b"] > 45
+
+
+def test_a_node_hears_what_others_have_in_flight_and_not_its_own() -> None:
+    sharing = Sharing()
+    for gateway in ("a.1", "a.2", "b.1"):
+        sharing.join(gateway)
+        sharing.hear(report(gateway, inflight=2), 0.0)
+    assert {node: each.inflight for node, each in news(sharing).items()} == {"a": {"m": 2}, "b": {"m": 4}}
+
+
+def test_the_last_node_has_all_again_but_for_what_the_others_used() -> None:
+    sharing = two()
+    sharing.join("c.1")
+    news(sharing)
+    sharing.leave("a.1")
+    told = news(sharing, 1.0)
+    assert (told["b"].keys["k"].requests or 0) + (told["c"].keys["k"].requests or 0) <= 60
+    sharing.leave("c.1")
+    (last,) = news(sharing, 2.0).values()
+    assert (last.nodes, last.keys) == (1, {})
+    assert news(sharing, 3.0) == {}
+
+
+def test_what_was_used_longer_than_a_minute_ago_is_forgotten() -> None:
+    sharing = two()
+    assert set(news(sharing)["b"].keys) == {"k"}
+    assert news(sharing, WINDOW_S + 1)["b"].keys == {}
