@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from modelpool.process import Announcement, NotStarted
@@ -100,6 +101,7 @@ def test_a_waiting_host_that_dies_is_replaced_and_nobody_is_started_in_it(tmp_pa
         # The forkserver cannot tell of the death; the worker looks for itself.
         os.kill(forkserver, signal.SIGSTOP)
         os.kill(spare, signal.SIGKILL)
+        eventually(lambda: psutil.Process(spare).status() == psutil.STATUS_ZOMBIE)
         worker.order("m")
         os.kill(forkserver, signal.SIGCONT)
         assert worker.wait("m", "ACTIVE")["pid"] != spare
