@@ -116,6 +116,36 @@ def test_workers_register_beat_and_leave(transport: Transport, tmp_path: Path) -
     asyncio.run(story())
 
 
+def test_a_worker_is_drained_and_forgotten(transport: Transport, tmp_path: Path) -> None:
+    """Nothing listens where it was: it has ended."""
+
+    async def story() -> None:
+        async with transport(tmp_path) as manager:
+            await manager.register_worker(worker("w"))
+            for call in (manager.drain_worker, manager.keep_worker):
+                assert (await refused(call("v")))[:2] == (404, "worker_not_found")
+            assert not (await manager.keep_worker("w")).draining
+            assert (await manager.drain_worker("w")).draining
+            async with asyncio.timeout(20):
+                while await manager.workers():
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+
+
+def test_a_model_is_replaced_where_that_is_asked_for(transport: Transport, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with transport(tmp_path) as manager:
+            created = (await manager.register_model(ModelSpec(alias="a", fake=True))).created
+            other = ModelSpec(alias="a", fake=True, fake_capacity=3)
+            assert (await refused(manager.register_model(other)))[:2] == (409, "alias_taken")
+            view = await manager.register_model(other, replace=True)
+            assert (view.spec, view.created) == (other, created)
+            assert (await manager.register_model(other, replace=True)).spec == other
+
+    asyncio.run(story())
+
+
 def test_keys_are_made_listed_and_revoked(transport: Transport, tmp_path: Path) -> None:
     async def story() -> None:
         async with transport(tmp_path) as manager:

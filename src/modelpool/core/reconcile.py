@@ -304,6 +304,8 @@ def _advance(pool: Pool, model: Model, round_: _Round) -> Pool:
 
 def _outgoing(pool: Pool, model: Model) -> list[Instance]:
     """Those of a model's instances that are to go once others are in their place."""
+    if not pool.draining and not model.replaces:
+        return []
     mine = instances_of(pool, model.alias)
     return [each for each in mine if not each.stopping and _alive(pool, each) and why_outgoing(pool, each)]
 
@@ -336,7 +338,9 @@ def _is_used(pool: Pool, model: Model, now: float) -> bool:
 
 def _let_go(pool: Pool, model: Model, round_: _Round) -> Pool:
     """End those that are to go and have others in their place, the least busy ones first."""
-    outgoing, usable = _outgoing(pool, model), _usable(pool, model)
+    if not (outgoing := _outgoing(pool, model)):
+        return pool
+    usable = _usable(pool, model)
     awake = [each for each in usable if each.state is InstanceState.ACTIVE and each.order is Step.NONE]
     up = sorted(filter(is_up, outgoing), key=lambda each: pool.demand[model.alias].inflight(each.instance))
     short, ending = model.alias in round_.shortages, any(each.stopping for each in instances_of(pool, model.alias))
