@@ -324,7 +324,7 @@ def test_the_addresses_that_are_announced_can_be_reached(tmp_path: Path) -> None
         address = worker.start("m")["address"]
         answer = httpx.get(f"http://{address['host']}:{address['port']}/v1/models")
         assert answer.status_code == 401
-    public = "https://pool.example/worker/7"
+    public = "http://pool.example/worker/7"
     with launched(tmp_path / "public", PUBLIC_URL=public) as (_, announcement):
         assert getattr(announcement, "url", "") == public
 

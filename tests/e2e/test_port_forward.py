@@ -116,7 +116,8 @@ def test_a_client_that_leaves_ends_the_work_behind_the_forward(far: Far) -> None
             return int(worker.get("/instances/slow/status").json()["inflight_requests"])
 
         with pool.http.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: with its end httpx closes the connection
+            next(lines)
             eventually(lambda: inflight() == 1, 5, lambda: "it runs")
         eventually(lambda: inflight() == 0, 5, lambda: "aborted")
     pool.remove("slow")
