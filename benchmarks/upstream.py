@@ -139,7 +139,7 @@ async def main(ports: int, control: str, capacity: int) -> None:
     taken = [int(server.sockets[0].getsockname()[1]) for server in servers]
     if control:
         snapshot = snapshot_of(taken, capacity)
-        await loop.create_unix_server(lambda: Manager(snapshot), control)
+        servers.append(await loop.create_unix_server(lambda: Manager(snapshot), control))
     print(msgspec.json.encode(taken).decode(), flush=True)
     await asyncio.gather(*(server.serve_forever() for server in servers))
 
