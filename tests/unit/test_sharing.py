@@ -64,7 +64,20 @@ def test_a_node_hears_what_others_have_in_flight_and_not_its_own() -> None:
     for gateway in ("a.1", "a.2", "b.1"):
         sharing.join(gateway)
         sharing.hear(report(gateway, inflight=2), 0.0)
-    assert {node: each.inflight for node, each in news(sharing).items()} == {"a": {"m": 2}, "b": {"m": 4}}
+    assert {node: each.inflight for node, each in news(sharing, 100.0).items()} == {"a": {"m": 2}, "b": {"m": 4}}
+
+
+def test_what_others_have_in_flight_is_an_average_so_that_nodes_do_not_all_run_to_one_instance() -> None:
+    sharing = Sharing()
+    for gateway in ("a.1", "b.1"):
+        sharing.join(gateway)
+    told = []
+    for now in range(10):
+        sharing.hear(report("a.1", inflight=8 * (now % 2)), float(now))
+        told.append(news(sharing, float(now)).get("b"))
+    assert {each.inflight.get("m", 0) for each in told[4:] if each} <= {2, 3, 4, 5}
+    sharing.hear(report("a.1"), 20.0)
+    assert news(sharing, 60.0)["b"].inflight == {}
 
 
 def test_the_last_node_has_all_again_but_for_what_the_others_used() -> None:

@@ -5,6 +5,7 @@ Where all gateways are on one node nothing is told: what it counts itself is all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -16,6 +17,9 @@ from modelpool.messages.routing import Others
 
 _HALF_LIFE_S = 2.0
 """Of what was asked for: what counts when limits are shared out."""
+_LOAD_MEAN_S = 6.0
+"""Over about this long what is in flight elsewhere is averaged. Told as it was a moment ago, all nodes would run to the
+same instance: tests/unit/test_spread.py."""
 _SENT_MAX = 16
 
 _QUANTITIES = {"requests": "requests", "tokens": "tokens", "concurrency": "running"}
@@ -76,13 +80,31 @@ class _Said:
         self.sent = [*kept, *(each for each in self.sent if each[0] > heard), (number, part)][-_SENT_MAX:]
 
 
+class _Load:
+    """What one gateway has in flight at each instance, on average."""
+
+    def __init__(self) -> None:
+        self._at = 0.0
+        self._now: Mapping[str, int] = {}
+        self._mean: dict[str, float] = {}
+
+    def hear(self, inflight: Mapping[str, int], now: float) -> None:
+        self._mean = {instance: mean for instance, mean in self.mean(now).items() if mean > 0.1 or instance in inflight}
+        self._mean |= {instance: 0.0 for instance in inflight if instance not in self._mean}
+        self._at, self._now = now, inflight
+
+    def mean(self, now: float) -> dict[str, float]:
+        left = math.exp((self._at - now) / _LOAD_MEAN_S)
+        return {each: mean * left + self._now.get(each, 0) * (1 - left) for each, mean in self._mean.items()}
+
+
 class Sharing:
     """Gateways are told apart by their names, `node.process`; what one without a node says is of no use here."""
 
     def __init__(self) -> None:
         self._heard: dict[str, dict[str, int]] = {}
         """By node and gateway: the number of the latest `Others` that it keeps to."""
-        self._inflight: dict[str, dict[str, int]] = {}
+        self._loads: dict[str, _Load] = {}
         """By gateway."""
         self._keys: dict[str, dict[str, _Said]] = {}
         """By key and node."""
@@ -97,7 +119,7 @@ class Sharing:
     def leave(self, gateway: str) -> None:
         """What it used of its keys' minute stays used; what it ran runs no more."""
         node = node_of(gateway)
-        self._inflight.pop(gateway, None)
+        self._loads.pop(gateway, None)
         gateways = self._heard.get(node, {})
         gateways.pop(gateway, None)
         if node in self._heard and not gateways:
@@ -112,9 +134,8 @@ class Sharing:
         if report.gateway not in self._heard.get(node, {}):
             return
         self._heard[node][report.gateway] = report.heard
-        self._inflight[report.gateway] = {
-            instance: count for model in report.models.values() for instance, count in model.inflight.items()
-        }
+        inflight = {instance: count for model in report.models.values() for instance, count in model.inflight.items()}
+        self._loads.setdefault(report.gateway, _Load()).hear(inflight, now)
         for id, demand in report.keys.items():
             self._keys.setdefault(id, {}).setdefault(node, _Said()).hear(demand, now)
 
@@ -131,7 +152,7 @@ class Sharing:
         shared = {id: self._parts(id, limits[id], now) for id in self._keys} if len(self._heard) > 1 else {}
         for node in self._heard:
             keys = {id: parts_[node] for id, parts_ in shared.items()}
-            inflight = self._elsewhere(node)
+            inflight = self._elsewhere(node, now)
             before = self._told.get(node)
             if before and (before.nodes, before.inflight, before.keys) == (len(self._heard), inflight, keys):
                 continue
@@ -155,13 +176,13 @@ class Sharing:
         """What all of a node's gateways keep to."""
         return min(self._heard[node].values())
 
-    def _elsewhere(self, node: str) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for gateway, inflight in self._inflight.items():
+    def _elsewhere(self, node: str, now: float) -> dict[str, int]:
+        means: dict[str, float] = {}
+        for gateway, load in self._loads.items():
             if node_of(gateway) != node:
-                for instance, count in inflight.items():
-                    counts[instance] = counts.get(instance, 0) + count
-        return counts
+                for instance, mean in load.mean(now).items():
+                    means[instance] = means.get(instance, 0.0) + mean
+        return {instance: round(mean) for instance, mean in means.items() if round(mean)}
 
     def _parts(self, id: str, limits: Limits, now: float) -> dict[str, Limits]:
         """Of one key's limits, by node."""

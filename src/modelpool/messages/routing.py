@@ -96,7 +96,7 @@ class Others(msgspec.Struct, frozen=True, kw_only=True, tag="others"):
     """What the gateways of this node should know of those of others, where there are any. Each replaces the one before.
 
     `number` grows, also from one manager to the next. `nodes`: so many have gateways. `inflight`: what others have at
-    instances. `keys`: of each key that is used, by its id, the part of its limits that is for this node.
+    instances, on average. `keys`: of each key that is used, by its id, the part of its limits that is for this node.
     """
 
     epoch: str
