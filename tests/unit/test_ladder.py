@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -366,6 +366,10 @@ actions = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
+@example(
+    script=[("ask", "c", 1), ("ask", "a", 1), ("obey", "a", 2), ("finish", "a", 1), ("wait", "a", 1), ("wait", "a", 1)],
+    sizes=(1, 2, 10),
+)
 @given(actions, st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10)))
 def test_memory_is_never_promised_twice_and_whoever_waits_is_served_in_the_end(
     script: list[tuple[str, str, int]], sizes: tuple[int, int, int]
