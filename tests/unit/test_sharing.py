@@ -19,7 +19,7 @@ def report(
 
 
 def news(sharing: Sharing, now: float = 0.0) -> dict[str, Others]:
-    return dict(sharing.news(LIMITS, "c.1", 1000, now))
+    return dict(sharing.news(LIMITS.get, "c.1", 1000, now))
 
 
 def two(now: float = 0.0) -> Sharing:

@@ -62,7 +62,7 @@ def most_above_capacity(count: int, lasting_s: float, load: float, *, seconds: f
         if what == "report":
             heapq.heappush(events, (now + INTERVAL_S, number, what))
             sharing.hear(nodes[number].report(), now)
-            for name, others in sharing.news({}, "c.1", 0, now):
+            for name, others in sharing.news(lambda id: None, "c.1", 0, now):
                 for each in nodes[int(name[1:])].instances:
                     each.elsewhere = others.inflight.get(each.name, 0)
         elif what == "comes":

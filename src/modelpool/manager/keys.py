@@ -89,18 +89,15 @@ class KeyRegister:
                 log.info("revoked the key %s (%s)", id, key.spec.name)
             return _view(key)
 
-    def limits(self) -> dict[str, Limits]:
-        """Of the live keys that have any, by their ids."""
-        live = {
-            key.id: Limits(
-                requests=key.spec.requests_per_minute,
-                tokens=key.spec.tokens_per_minute,
-                concurrency=key.spec.max_concurrency,
-            )
-            for key in self._keys.values()
-            if key.revoked is None
-        }
-        return {id: limits for id, limits in live.items() if limits != Limits()}
+    def limits(self, id: str) -> Limits | None:
+        """Of a live key."""
+        key = self._keys.get(id)
+        if key is None or key.revoked is not None:
+            return None
+        spec = key.spec
+        return Limits(
+            requests=spec.requests_per_minute, tokens=spec.tokens_per_minute, concurrency=spec.max_concurrency
+        )
 
     def stored(self) -> tuple[StoredKey, ...]:
         return tuple(sorted(self._keys.values(), key=lambda key: (key.created, key.id)))

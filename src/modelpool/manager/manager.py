@@ -779,7 +779,7 @@ class Manager:
         self._subscribers[queue] = gateway
         self._sharing.join(gateway)
         self._tell_of_others()
-        whole: list[Update] = [self._keys.update()]
+        whole: list[Update] = [self._keys.update(), *_taken(queue)]  # what it may use, before it serves anybody
         if self._published is not None:
             whole.append(self._snapshot())
         try:
@@ -806,7 +806,7 @@ class Manager:
         """Tell the gateways of each node what is new of the others."""
         self._shared_at = _now()
         base = number_of(self._store.epoch) << 32
-        for node, others in self._sharing.news(self._keys.limits(), self._store.epoch, base, _now()):
+        for node, others in self._sharing.news(self._keys.limits, self._store.epoch, base, _now()):
             self._send(others, to={queue for queue, name in self._subscribers.items() if node_of(name) == node})
 
     async def _told_gateways(self) -> None:
@@ -815,6 +815,15 @@ class Manager:
             async with asyncio.timeout(_TELL_S):
                 for queue in list(self._subscribers):
                     await queue.join()
+
+
+def _taken(queue: asyncio.Queue[Update]) -> list[Update]:
+    """All that is in the queue now."""
+    taken = []
+    while not queue.empty():
+        taken.append(queue.get_nowait())
+        queue.task_done()
+    return taken
 
 
 def _now() -> float:

@@ -6,7 +6,7 @@ Where all gateways are on one node nothing is told: what it counts itself is all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
@@ -139,17 +139,19 @@ class Sharing:
         for id, demand in report.keys.items():
             self._keys.setdefault(id, {}).setdefault(node, _Said()).hear(demand, now)
 
-    def news(self, limits: Mapping[str, Limits], epoch: str, base: int, now: float) -> Iterator[tuple[str, Others]]:
+    def news(
+        self, limits_of: Callable[[str], Limits | None], epoch: str, base: int, now: float
+    ) -> Iterator[tuple[str, Others]]:
         """For each node that there is something new for, what its gateways are to be told.
 
-        `limits`: of the live keys, by their ids. Numbers are above `base`.
+        `limits_of`: a live key, by its id; None: there is none. Numbers are above `base`.
         """
-        self._forget_old(limits, now)
+        limits = self._limits(limits_of, now)
         if len(self._heard) < 2 and not self._was_shared(limits):
             return
         self._count += 1
         number = base + self._count
-        shared = {id: self._parts(id, limits[id], now) for id in self._keys} if len(self._heard) > 1 else {}
+        shared = {id: self._parts(id, each, now) for id, each in limits.items()} if len(self._heard) > 1 else {}
         for node in self._heard:
             keys = {id: parts_[node] for id, parts_ in shared.items()}
             inflight = self._elsewhere(node, now)
@@ -208,10 +210,15 @@ class Sharing:
                 given[node][limit] = part
         return {node: Limits(**part) for node, part in given.items()}
 
-    def _forget_old(self, limits: Mapping[str, Limits], now: float) -> None:
-        """Keys that are gone, and what was said longer than a window ago."""
+    def _limits(self, limits_of: Callable[[str], Limits | None], now: float) -> dict[str, Limits]:
+        """Of the keys that are used. Forgotten are those that are gone, and what was said longer than a window ago."""
+        limits = {}
         for id, nodes in list(self._keys.items()):
             for node in [node for node, said in nodes.items() if said.named and now - said.at > WINDOW_S]:
                 del nodes[node]
-            if id not in limits or not any(said.named for said in nodes.values()):
+            known = limits_of(id)
+            if known is None or not any(said.named for said in nodes.values()):
                 del self._keys[id]
+            else:
+                limits[id] = known
+        return limits
