@@ -210,3 +210,42 @@ def test_the_streams_hold_what_is_served_and_what_is_refused() -> None:
         return served, refused
 
     assert asyncio.run(counted()) == (4, 1)
+
+
+Paced = list[tuple[bytes, bool, int]]
+"""Pieces; whether the client takes answers before each of them; how many turns the loop makes then."""
+
+
+@st.composite
+def paced(draw: st.DrawFn) -> Paced:
+    stream = draw(STREAMS)
+    cuts = sorted(draw(st.sets(st.integers(1, len(stream) - 1), max_size=8)))
+    pieces = [stream[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    return [(piece, draw(st.booleans()), draw(st.integers(0, 3))) for piece in pieces]
+
+
+async def taken_at_its_pace(pieces: Paced) -> Read:
+    """The requests that were served."""
+    app, transport = Taking(), Transport()
+    connection = ClientConnection(app, app, Limits(body_bytes=1000), asyncio.get_running_loop())
+    connection.connection_made(transport)
+    for piece, takes, turns in pieces:
+        connection.resume_writing() if takes else connection.pause_writing()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if not transport.ended:
+            connection.data_received(piece)
+    connection.resume_writing()
+    while connection.busy:
+        await asyncio.sleep(0)
+    return app.read
+
+
+@settings(max_examples=200, deadline=None)
+@given(paced())
+def test_requests_keep_their_order_when_the_client_takes_no_answer_for_a_while(pieces: Paced) -> None:
+    async def both() -> None:
+        whole, _, _ = await taken([b"".join(piece for piece, _, _ in pieces)])
+        assert await taken_at_its_pace(pieces) == whole
+
+    asyncio.run(both())

@@ -381,7 +381,7 @@ class ClientConnection(asyncio.Protocol):
         self._next()
 
     def data_received(self, data: bytes) -> None:
-        if self._task is not None or self._queue:
+        if self._task is not None or self._queue or self._unread:
             self._keep(data)
         elif self._phase is not _Phase.NOTHING:
             self._feed(data)
