@@ -18,7 +18,7 @@ import msgspec
 
 from modelpool.gateway.app import GatewayApp
 from modelpool.gateway.auth import Access
-from modelpool.gateway.connection import Limits
+from modelpool.gateway.client_limits import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.cors import Cors
 from modelpool.gateway.hold import Room, Rules

@@ -12,7 +12,8 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from modelpool.gateway.connection import ClientConnection, Limits
+from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.hold import Rules, Stay
 from modelpool.gateway.observe.journey import Journey
 from modelpool.gateway.passing import PassThrough

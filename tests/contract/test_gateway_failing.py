@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from modelpool.core.breaker import FAILURES_MAX
-from modelpool.gateway.connection import Limits
+from modelpool.gateway.client_limits import Limits
 from modelpool.relay import Deadlines
 from tests.gateway_world import World, chat, entry, gateway
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving

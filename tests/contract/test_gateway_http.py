@@ -8,7 +8,8 @@ import socket
 
 import pytest
 
-from modelpool.gateway.connection import ClientConnection, Limits
+from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.listener import ACCEPTED
 from modelpool.relay.upstream import _Connection as Connection
 from tests.gateway_world import Client, World, chat, entry, gateway, request

@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from websockets.asyncio.client import connect
 
 from modelpool.cli.client import PoolClient, Trouble
-from modelpool.gateway.connection import Limits
+from modelpool.gateway.client_limits import Limits
 from modelpool.pool_address import PoolAddress, address_file
 from modelpool.process import NotStarted, Ready, StartupError
 from modelpool.settings import GatewaySettings, Settings

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpool.errors import PoolError
-from modelpool.gateway.connection import ClientConnection, Limits
+from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.request import Request
 
 Read = list[tuple[bytes, bytes, bytes]]

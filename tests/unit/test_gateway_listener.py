@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from modelpool.errors import PoolError
-from modelpool.gateway.connection import ClientConnection, Limits
+from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.listener import CHECKED, Listener
 from modelpool.gateway.request import Request
 

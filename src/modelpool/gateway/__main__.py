@@ -19,7 +19,7 @@ from modelpool import process
 from modelpool.core.admission import Bounds
 from modelpool.gateway.app import GatewayApp
 from modelpool.gateway.auth import Access, check_exposure, is_loopback
-from modelpool.gateway.connection import Limits
+from modelpool.gateway.client_limits import Limits
 from modelpool.gateway.control import Control
 from modelpool.gateway.cors import Cors
 from modelpool.gateway.demand import DemandReporter

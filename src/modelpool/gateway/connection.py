@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import math
-import select
-import socket
-import struct
-import termios
-from collections import deque
 from collections.abc import Callable, Iterable
-from enum import Enum, auto
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
-import httptools
-import msgspec
-
-from modelpool.errors import (
-    BodyTooLarge,
-    HeadersTooLarge,
-    InternalError,
-    InvalidRequest,
-    PoolError,
-    RequestTimeout,
-)
+from modelpool.errors import InternalError, PoolError, RequestTimeout
 from modelpool.gateway.answer import CONTINUE, encode_answer, encode_error, error_event
+from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.framing import Gate, Phase, RequestReader
+from modelpool.gateway.peer import has_left, reset, unsent_bytes
 from modelpool.gateway.request import Request
 
 log = logging.getLogger(__name__)
 
-# Where a second one would let two readers of the message see different things.
-_ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"expect")
 
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client may ask of us. Sizes in bytes, times in seconds."""
-
-    body_bytes: int
-    head_bytes: int = 64 << 10
-    ahead_bytes: int = 64 << 10
-    """Read of the next requests while one is served."""
-    idle_s: float = 120.0
-    head_s: float = 15.0
-    body_s: float = 30.0
-    """A body may pause for this long; what it sends buys more time at `body_rate`."""
-    body_rate: int = 1024
-    linger_s: float = 2.0
-    flush_s: float = 60.0
-    check_s: float = 0.5
-    """How often deadlines are looked at."""
-
-
-class Application(Protocol):
+class Application(Gate, Protocol):
     """What the requests are for."""
-
-    def admit(self, request: Request) -> None:
-        """Set the request's id and route, now that its head is there. Raises PoolError to refuse it unread."""
 
     def refused(self, request: Request | None, error: PoolError) -> bytes:
         """Told that a request, or what was none, is answered with this unserved. Header lines for the answer."""
-
-    def upgrades(self, method: bytes, target: bytes) -> bool:
-        """Whether such a request may become a WebSocket. Others are read as if they had not asked for it."""
 
     async def serve(self, request: Request, client: ClientConnection) -> None:
         """Answer, or raise PoolError to have it rendered. Cancelled when the client leaves."""
@@ -94,43 +53,22 @@ class Owner(Protocol):
         """The connection is gone, and what it ran has ended."""
 
 
-class _Phase(Enum):
-    """What is being read."""
-
-    IDLE = auto()
-    HEAD = auto()
-    BODY = auto()
-    NOTHING = auto()
-    """The connection ends. What still comes is thrown away."""
-
-
 class ClientConnection(asyncio.Protocol):
     """Also what an Application writes its answer to."""
 
     __slots__ = (
         "_app",
-        "_begun",
-        "_body",
-        "_body_bytes",
         "_closing",
-        "_continue",
         "_deadline",
-        "_fed",
-        "_head_bytes",
-        "_headers",
         "_limits",
         "_loop",
         "_news",
         "_opened",
         "_owner",
-        "_parser",
-        "_phase",
-        "_queue",
+        "_reader",
         "_reading",
-        "_request",
         "_serving",
         "_stalled_at",
-        "_target",
         "_task",
         "_transport",
         "_tunnel",
@@ -147,25 +85,12 @@ class ClientConnection(asyncio.Protocol):
         self._limits = limits
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
-        self._phase = _Phase.IDLE
+        self._reader = RequestReader(app, limits)
         self._deadline = 0.0
         self._reading = True
         self._writable = True
         self._stalled_at = math.inf
         self._unsent = 0
-        # The message that is being read
-        self._target = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._head_bytes = 0
-        self._begun = False
-        self._fed = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-        self._request: Request | None = None
-        self._continue = False
-        # What was read and waits
-        self._queue: deque[Request | PoolError] = deque()
         self._unread = b""
         # What is served
         self._serving: Request | None = None
@@ -273,7 +198,7 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        return self._task is not None or bool(self._queue)
+        return self._task is not None or bool(self._reader.queue)
 
     @property
     def task(self) -> asyncio.Task[None] | None:
@@ -282,45 +207,30 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now: float) -> None:
         """Enforce the deadlines, if the client let one pass."""
         if not self._writable and self._transport is not None:
-            if self._took_some(self._transport):
+            # Of the socket's own buffer a little may be taken at a time, for long, before there is room in it again.
+            before, self._unsent = self._unsent, unsent_bytes(self._transport)
+            if self._unsent < before:
                 self._stalled_at = now
             elif now - self._stalled_at > self._limits.flush_s:
                 self.reset()  # it reads nothing of its answer, and holds its place in the engine
                 return
         if self._upstream is not None:
             self._upstream.check(now)
-        if not self._reading and self._task is not None and self._left_unread():
-            self.abort()
+        if self._transport is None:
             return
-        if now < self._deadline or self._task is not None or self._transport is None:
+        if self._task is not None:
+            if not self._reading and has_left(self._transport):  # it sent far ahead, and its end lies behind that
+                self._transport.abort()
             return
-        if self._phase in (_Phase.HEAD, _Phase.BODY):
-            self._refuse(RequestTimeout("The request did not come in time."))
+        if now < self._deadline:
+            return
+        if self._reader.phase in (Phase.HEAD, Phase.BODY):
+            self._reader.refuse(RequestTimeout("The request did not come in time."))
             self._next()
-        elif self._phase is _Phase.IDLE:
+        elif self._reader.phase is Phase.IDLE:
             self._close()
         else:
             self.abort()
-
-    def _took_some(self, transport: asyncio.Transport) -> bool:
-        """Whether the client read something since this was last asked. Of a socket's own buffer that may be a little
-        at a time, for a long time, before there is room in it again.
-        """
-        unsent = transport.get_write_buffer_size()
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.fileno() >= 0:
-            unsent += struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-        before, self._unsent = self._unsent, unsent
-        return unsent < before
-
-    def _left_unread(self) -> bool:
-        """Whether the client left while nothing is read of it: it sent far ahead, and its end lies behind that."""
-        sock = None if self._transport is None else self._transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < 0:
-            return False
-        poll = select.poll()
-        poll.register(sock.fileno(), select.POLLRDHUP)
-        return bool(poll.poll(0))
 
     def end(self) -> None:
         """Close now if idle, else after the request that is served."""
@@ -332,13 +242,9 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def reset(self) -> None:
-        """Abort, and forget what is unsent: the kernel would go on offering it to the client."""
-        if self._transport is None:
-            return
-        sock = self._transport.get_extra_info("socket")
-        if sock is not None and sock.fileno() >= 0:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._transport.abort()
+        """Abort, and forget what is unsent."""
+        if self._transport is not None:
+            reset(self._transport)
 
     # Called by the loop
 
@@ -349,8 +255,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        del self._parser  # they hold each other, which only a rare full look of the garbage collector would find
-        self._queue.clear()
+        self._reader.close()
         self._unread = b""
         if self._task is not None:
             # Not in the task itself: cancelled before its first step, it never runs.
@@ -381,9 +286,10 @@ class ClientConnection(asyncio.Protocol):
         self._next()
 
     def data_received(self, data: bytes) -> None:
-        if self._task is not None or self._queue or self._unread:
+        reader = self._reader
+        if self._task is not None or reader.queue or self._unread:
             self._keep(data)
-        elif self._phase is not _Phase.NOTHING:
+        elif reader.phase is not Phase.NOTHING:
             self._feed(data)
             self._next()
 
@@ -395,7 +301,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _keep(self, data: bytes) -> None:
         """Hold what comes while a request is served: reading goes on, since only that shows that the client left."""
-        if self._phase is _Phase.NOTHING:
+        if self._reader.phase is Phase.NOTHING:
             return
         if self._tunnel is not None:
             self._tunnel(data)
@@ -406,158 +312,28 @@ class ClientConnection(asyncio.Protocol):
         if len(self._unread) > self._limits.ahead_bytes:
             self.pause_reading()
 
-    def _feed(self, data: bytes | memoryview) -> None:
-        before = self._phase
-        self._fed = len(data)
-        self._begun = False
-        try:
-            self._parse(data)
-        except httptools.HttpParserError as error:
-            if self._phase is not _Phase.NOTHING:
-                self._refuse(InvalidRequest(f"This is not valid HTTP/1.1: {error}.", code="invalid_http"))
-            return
-        phase = self._phase
-        if phase is _Phase.HEAD:
-            # Where in these bytes the message began is not known: then only what was made out of them counts.
-            self._head_bytes += _head_length(self._target, self._headers) if self._begun else self._fed
-            if self._head_bytes > self._limits.head_bytes:
-                self._refuse(_headers_too_large(self._limits))
-            elif before is not phase or self._begun:
+    def _feed(self, data: bytes) -> None:
+        reader = self._reader
+        before = reader.phase
+        self._unread = reader.feed(data)
+        phase = reader.phase
+        if phase is Phase.HEAD:
+            if before is not phase or reader.begun:
                 self._deadline = self._loop.time() + self._limits.head_s
-        elif phase is _Phase.BODY:
+        elif phase is Phase.BODY:
             bought = math.inf if before is not phase else self._deadline + len(data) / self._limits.body_rate
             self._deadline = min(bought, self._loop.time() + self._limits.body_s)
-
-    def _parse(self, data: bytes | memoryview) -> None:
-        """Read requests as if they had not asked for another protocol (`h2c`, as some clients always do).
-
-        But for those that become a WebSocket: what follows them is no HTTP. The parser takes what follows the others
-        for that protocol too, so it is given the head again without the wish.
-        """
-        while True:
-            try:
-                self._parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                rest = memoryview(data)[upgrade.args[0] :]
-                if self._queue and isinstance(last := self._queue[-1], Request) and last.upgrade:
-                    self._unread = bytes(rest)
-                    return
-                version = self._parser.get_http_version().encode()
-                head = b"%b %b HTTP/%b\r\n" % (self._parser.get_method(), self._target, version)
-                head += b"".join(b"%b: %b\r\n" % each for each in self._headers if each[0] != b"upgrade")
-                self._parser = httptools.HttpRequestParser(self)
-                self._parser.feed_data(head + b"\r\n")
-                data = rest
-
-    def _refuse(self, error: PoolError) -> None:
-        """Answer with this when it is its turn, and read nothing more."""
-        self._phase = _Phase.NOTHING
-        self._continue = False
-        self._queue.append(error)
-
-    # Called by the parser
-
-    def on_message_begin(self) -> None:
-        self._phase = _Phase.HEAD
-        self._target = b""
-        self._headers = []
-        self._head_bytes = 0
-        self._begun = True
-        self._body = []
-        self._body_bytes = 0
-
-    def on_url(self, part: bytes) -> None:
-        self._target += part
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is _Phase.HEAD:  # after it these are trailers, which nobody here reads
-            self._headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        parser = self._parser
-        method = parser.get_method()
-        if method == b"CONNECT":
-            self._stop(InvalidRequest("CONNECT is for proxies, and this is none.", code="invalid_http"))
-        upgrade = parser.should_upgrade()
-        if upgrade and not self._app.upgrades(method, self._target):
-            return
-        self._phase = _Phase.BODY
-        version = parser.get_http_version()
-        if not self._target.startswith(b"/"):
-            self._target, self._headers = _origin_form(self._target, self._headers)
-        self._request = request = Request(
-            method, self._target, self._headers, http10=version == "1.0", keep_alive=parser.should_keep_alive()
-        )
-        request.upgrade = upgrade
-        has_body = b"transfer-encoding" in request.by_name or request.by_name.get(b"content-length", b"0") != b"0"
-        if error := self._fault(request, version):
-            self._stop(error)
-        try:
-            self._app.admit(request)
-        except PoolError as refusal:
-            if has_body:
-                self._stop(refusal)
-            request.refusal = refusal
-            return
-        if has_body and request.by_name.get(b"expect", b"").lower() == b"100-continue" and not request.http10:
-            self._continue = True
-
-    def on_body(self, part: bytes) -> None:
-        self._body.append(part)
-        self._body_bytes += len(part)
-        if self._body_bytes > self._limits.body_bytes:
-            self._stop(_body_too_large(self._limits))
-
-    def on_message_complete(self) -> None:
-        request = self._request
-        if request is None:
-            return  # to be read again without its upgrade
-        self._phase = _Phase.IDLE
-        self._request = None
-        self._headers = []
-        self._continue = False
-        body = self._body
-        request.body = body[0] if len(body) == 1 else b"".join(body)
-        self._body = []
-        self._queue.append(request)
-
-    def _fault(self, request: Request, version: str) -> PoolError | None:
-        """What a strict server must refuse and the parser does not."""
-        headers, by_name = request.headers, request.by_name
-        if version not in ("1.1", "1.0"):
-            return InvalidRequest(f"HTTP/{version} is not spoken here.", code="invalid_http")
-        limit = self._limits.head_bytes
-        if self._head_bytes + self._fed > limit and _head_length(self._target, headers) > limit:
-            return _headers_too_large(self._limits)
-        if len(headers) != len(by_name):
-            for name in _ONCE:
-                if sum(each == name for each, _ in headers) > 1:
-                    return InvalidRequest(f"The header {name.decode()} came more than once.", code="invalid_http")
-        if not request.http10 and b"host" not in by_name:
-            return InvalidRequest("The header Host is missing.", code="invalid_http")
-        if coding := by_name.get(b"transfer-encoding"):
-            if coding.lower() != b"chunked" or request.http10:
-                return InvalidRequest("The only Transfer-Encoding taken is chunked, in HTTP/1.1.", code="invalid_http")
-        elif int(by_name.get(b"content-length", b"0")) > self._limits.body_bytes:
-            return _body_too_large(self._limits)
-        return None
-
-    def _stop(self, error: PoolError) -> NoReturn:
-        """Refuse, and stop the parser: it must not go on to take the unread body for requests."""
-        self._refuse(error)
-        raise _StopReading
 
     # Serving
 
     def _next(self) -> None:
         """Serve what was read; where nothing was, read on."""
+        reader = self._reader
         while self._task is None and self._writable and self._transport is not None:
-            if self._queue:
-                self._begin(self._queue.popleft())
-            elif self._unread and self._phase is not _Phase.NOTHING:
-                data, self._unread = self._unread, b""
-                self._feed(data)
+            if reader.queue:
+                self._begin(reader.queue.popleft())
+            elif self._unread and reader.phase is not Phase.NOTHING:
+                self._feed(self._unread)
             else:
                 break
         if self._task is None and self._transport is not None:
@@ -565,10 +341,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, item: Request | PoolError) -> None:
         if isinstance(item, PoolError):
-            request = self._request
+            request = self._reader.request
             added = self._app.refused(request, item)
             head_only = request is not None and request.head_only
-            self._send(encode_error(item, self._target, close=True, head_only=head_only, added=added))
+            self._send(encode_error(item, self._reader.target, close=True, head_only=head_only, added=added))
             self._linger()
             return
         self._serving = item
@@ -577,8 +353,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _read_on(self) -> None:
         assert self._transport is not None
-        if self._continue:
-            self._continue = False
+        if self._reader.wants_continue:
+            self._reader.wants_continue = False
             self._send(CONTINUE)
         self.resume_reading()
 
@@ -621,14 +397,13 @@ class ClientConnection(asyncio.Protocol):
         elif self.closes:
             self._close()
         else:
-            idle = self._phase is _Phase.IDLE
+            idle = self._reader.phase is Phase.IDLE
             self._deadline = self._loop.time() + (self._limits.idle_s if idle else self._limits.body_s)
             self._next()
 
     def _close(self) -> None:
         """Close once everything is written."""
-        self._phase = _Phase.NOTHING
-        self._queue.clear()
+        self._reader.stop()
         self._deadline = self._loop.time() + self._limits.flush_s
         if self._transport is not None:
             self._transport.close()
@@ -636,36 +411,10 @@ class ClientConnection(asyncio.Protocol):
     def _linger(self) -> None:
         """Close in two steps: closing with data unread would reset the connection and take the answer away."""
         assert self._transport is not None
-        self._phase = _Phase.NOTHING
-        self._queue.clear()
+        self._reader.stop()
         self._unread = b""
         unsent = self._transport.get_write_buffer_size() > 0
         self._deadline = self._loop.time() + (self._limits.flush_s if unsent else self._limits.linger_s)
         self.resume_reading()
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()
-
-
-class _StopReading(Exception):
-    """Raised in a parser's callback, which ends the parser; the reason was queued."""
-
-
-def _origin_form(target: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """`http://host/path` as a path and a Host, which it overrides; other forms as they are."""
-    scheme, mark, rest = target.partition(b"://")
-    if not mark or scheme.lower() not in (b"http", b"https"):
-        return target, headers
-    authority, slash, path = rest.partition(b"/")
-    return slash + path or b"/", [each for each in headers if each[0] != b"host"] + [(b"host", authority)]
-
-
-def _head_length(target: bytes, headers: list[tuple[bytes, bytes]]) -> int:
-    return len(target) + sum(len(name) + len(value) + 4 for name, value in headers)
-
-
-def _headers_too_large(limits: Limits) -> HeadersTooLarge:
-    return HeadersTooLarge(f"The request's head is longer than {limits.head_bytes} bytes.")
-
-
-def _body_too_large(limits: Limits) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is longer than {limits.body_bytes} bytes.")

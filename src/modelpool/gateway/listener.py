@@ -8,7 +8,8 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from modelpool.gateway.connection import Application, ClientConnection, Limits
+from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.connection import Application, ClientConnection
 from modelpool.tcp import BACKLOG
 
 ACCEPTED = 16
