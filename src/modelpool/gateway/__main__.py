@@ -5,42 +5,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import math
 import resource
 import signal
 import socket
 import ssl
 import sys
-from contextlib import AsyncExitStack, closing
 
 import uvloop
 
 from modelpool import process
-from modelpool.core.admission import Bounds
-from modelpool.gateway.app import GatewayApp
-from modelpool.gateway.auth import Access, check_exposure, is_loopback
+from modelpool.gateway.auth import check_exposure
 from modelpool.gateway.client_limits import Limits
-from modelpool.gateway.control import Control
-from modelpool.gateway.cors import Cors
-from modelpool.gateway.demand import DemandReporter
-from modelpool.gateway.hold import Room, Rules
-from modelpool.gateway.inference import Inference
-from modelpool.gateway.inflight import SharedInflight
-from modelpool.gateway.instances import Instances
-from modelpool.gateway.keys import KeyRing
-from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.listener import listening
-from modelpool.gateway.observe.observers import observing
-from modelpool.gateway.realtime import Realtime
-from modelpool.gateway.responses import Responses
-from modelpool.gateway.shared import joined
-from modelpool.gateway.snapshots import SnapshotFeed
-from modelpool.gateway.stored import StoredResponses
-from modelpool.gateway.table import Table
+from modelpool.gateway.parts import assembled
 from modelpool.home import Home
-from modelpool.messages.routing import Others
-from modelpool.relay import Deadlines, Endpoint, Pools
-from modelpool.settings import GatewaySettings, Settings, SettingsError, from_environment
+from modelpool.settings import Settings, SettingsError, from_environment
 from modelpool.tcp import bind_tcp, inherited, url_of
 from modelpool.tls import keep_current, server_context
 
@@ -80,83 +59,23 @@ def main() -> int:
 async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
     """Serve until SIGTERM or SIGINT, and then until what is being served has ended, or a second signal came."""
     gateway = settings.gateway
-    token = settings.token or home.cluster_token()
-    keys = KeyRing()
-    cors = Cors.parse(gateway.cors_allowed_origins)
-    access = Access(
-        api_key=gateway.api_key,
-        admin_key=home.admin_key(),
-        cluster_token=token,
-        local=is_loopback(gateway.host),
-        keys=keys,
-        require_key=gateway.require_key,
-        cors=cors,
-    )
     ending = ending_signal()
-    async with AsyncExitStack() as stack:
-        node = stack.enter_context(joined(home.shared_memory()))
-        upstreams = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
-        controls = stack.enter_context(closing(Pools(connect_timeout_s=gateway.connect_timeout_s)))
-        control = controls.pool(Endpoint.unix(home.control_socket))
-        instances = Instances(upstreams, token, SharedInflight(node) if gateway.processes > 1 else None)
-        table = Table(instances)
-        room = Room(table, _rules(gateway))
-        limiter = Limiter(node)
-        keys.when_gone(limiter.forget)
-        demand = DemandReporter(table, room, control, limiter, node=node.name)
-
-        def hear(others: Others) -> None:
-            instances.hear(others.inflight)
-            limiter.hear(others)
-
-        feed = SnapshotFeed(table, keys, control, gateway=demand.gateway, hear=hear)
-        stored = StoredResponses(gateway.responses_remembered)
-        inference = Inference(table, room, stored, limiter, _deadlines(gateway))
-        observers = await stack.enter_async_context(observing(node, table, instances, gateway, home.logs))
-        responses = Responses(table, inference, stored)
-        realtime = Realtime(table, room, limiter, connect_timeout_s=gateway.connect_timeout_s)
-        app = GatewayApp(
-            access,
-            table,
-            feed,
-            inference,
-            responses,
-            realtime,
-            Control(control),
-            observers,
-            cors=cors,
-            root_path=gateway.root_path,
-        )
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        background = [tasks.create_task(feed.follow()), tasks.create_task(node.keep_reaping())]
-        background.append(tasks.create_task(demand.keep_reporting()))
+    max_ongoing = gateway.max_ongoing_requests or ongoing_max()
+    async with assembled(settings, home, max_ongoing=max_ongoing) as parts, asyncio.TaskGroup() as tasks:
+        beside = [parts.feed.follow(), parts.node.keep_reaping(), parts.demand.keep_reporting()]
         if tls is not None:
-            renewing = keep_current(tls, gateway.tls_cert_file, gateway.tls_key_file)
-            background.append(tasks.create_task(renewing))
-        await feed.wait_first(FIRST_SNAPSHOT_S)
+            beside.append(keep_current(tls, gateway.tls_cert_file, gateway.tls_key_file))
+        background = [tasks.create_task(each) for each in beside]
+        await parts.feed.wait_first(FIRST_SNAPSHOT_S)
         limits = Limits(body_bytes=gateway.max_body_bytes)
-        async with listening(sock, app, limits, grace_s=GRACE_S, tls=tls) as listener:
-            background.append(tasks.create_task(observers.keep_saying(feed, listener)))
+        async with listening(sock, parts.app, limits, grace_s=GRACE_S, tls=tls) as listener:
+            background.append(tasks.create_task(parts.observers.keep_saying(parts.feed, listener)))
             calm_collector()
             process.announce(process.Ready(url_of(sock, gateway.scheme)))
             await ending.wait()
             log.info("ending")
         for each in background:
             each.cancel()
-
-
-def _rules(gateway: GatewaySettings) -> Rules:
-    return Rules(
-        max_ongoing=gateway.max_ongoing_requests or ongoing_max(),
-        max_wait_s=gateway.waiting_max_s,
-        bounds=Bounds(tickets=gateway.waiting_max_requests, bytes=gateway.waiting_max_bytes),
-        heartbeat_s=gateway.waiting_heartbeat_s,
-    )
-
-
-def _deadlines(gateway: GatewaySettings) -> Deadlines:
-    limits = gateway.first_byte_timeout_s, gateway.between_bytes_timeout_s, gateway.total_timeout_s
-    return Deadlines(*(each or math.inf for each in limits))
 
 
 def ending_signal() -> asyncio.Event:
