@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import msgspec
 import pytest
 
-from modelpool.process import READY_FD, Announcement, NotStarted, Ready
+from modelpool.process import Announcement, NotStarted, Ready
 from tests.contract.worker_process import TOKEN, eventually, running_worker
+from tests.part_process import part_process
 
 PATIENCE_S = 60.0
 LEASE_S = 2.0
@@ -46,28 +46,14 @@ class ManagerProcess:
 def launched(home: Path, store_url: str) -> Iterator[tuple[subprocess.Popen[bytes], Announcement]]:
     """A manager process that has said whether it started."""
     home.mkdir()
-    read, write = os.pipe()
-    settings = {"MODELPOOL_HOME": str(home), "MODELPOOL_TOKEN": TOKEN, "MODELPOOL_STORE_URL": store_url}
-    with (home / "manager.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "modelpool.manager"],
-            env={**os.environ, **settings, "MODELPOOL_LEASE": str(LEASE_S), READY_FD: str(write)},
-            pass_fds=(write,),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    os.close(write)
-    try:
-        with os.fdopen(read, "rb") as announcements:
-            line = announcements.readline()
-        assert line, (home / "manager.log").read_text()
-        yield process, msgspec.json.decode(line, type=Ready | NotStarted)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    settings = {
+        "MODELPOOL_HOME": str(home),
+        "MODELPOOL_TOKEN": TOKEN,
+        "MODELPOOL_STORE_URL": store_url,
+        "MODELPOOL_LEASE": str(LEASE_S),
+    }
+    with part_process("manager", home / "manager.log", {**os.environ, **settings}) as started:
+        yield started
 
 
 @contextmanager

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import msgspec
 
-from modelpool.process import READY_FD, Announcement, NotStarted, Ready
+from modelpool.process import Announcement, Ready
 from modelpool.process_group import reap
 from modelpool.process_table import with_variable
 from modelpool.worker.host_spec import TAG
+from tests.part_process import part_process
 from tests.promised import promised
 
 Json = dict[str, Any]
@@ -134,31 +132,15 @@ def launched(
         **environ,
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPOOL_", "WORKER_", "HF_"))}
-    read, write = os.pipe()
-    with (home / "worker.out").open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "modelpool.worker"],
-            env={**kept, **settings, READY_FD: str(write)},
-            pass_fds=(write,),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    os.close(write)
     try:
-        with os.fdopen(read, "rb") as announcements:
-            line = announcements.readline()
-        assert line, (home / "worker.out").read_text()
-        yield process, msgspec.json.decode(line, type=Ready | NotStarted)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        with part_process("worker", home / "worker.out", {**kept, **settings}) as (process, announcement):
             try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                yield process, announcement
+            finally:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+    finally:
         reap(TAG, f"{home}:{settings['WORKER_ID']}")
 
 
