@@ -1,4 +1,7 @@
-"""The controller, checked at every step: looking only at what may have changed decides as looking at all does."""
+"""The controller as stories tell it: models on a worker with one accelerator, what is heard of them, what it does.
+
+And the controller checked at every step: looking only at what may have changed decides as looking at all does.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,97 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from modelpool.core.demand import Seen
 from modelpool.core.ledger import ledger
-from modelpool.core.pool import Event, Pool, apply, instances_on
-from modelpool.core.reconcile import Effect, reconcile
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.placement import GB
+from modelpool.core.pool import (
+    DemandHeard,
+    Device,
+    Event,
+    Model,
+    ModelChanged,
+    ModelRegistered,
+    Policy,
+    Pool,
+    Report,
+    WorkerReported,
+    apply,
+    instances_on,
+)
+from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, reconcile, step
+from modelpool.core.scaling import ScalingPolicy
+
+S = InstanceState
+POLICY = Policy(
+    scaling=ScalingPolicy(idle_sleep_1_s=100, idle_sleep_2_s=200, idle_unload_s=300, cooldown_s=10),
+    min_residence_s=5,
+    heartbeat_timeout_s=1e9,
+)
+TOTAL = 10 * GB
+
+
+def model(alias: str = "m", gb: int = 6, *, least: int | None = None, **fields: object) -> Model:
+    one = Model(alias=alias, key=alias, engine="fake", created=0, memory_bytes=gb * GB, min_replicas=least)
+    return replace(one, **fields)
+
+
+def report(alias: str = "m", state: S = S.ACTIVE, *, gb: float = 6, held: float = 0, sleeps: bool = True) -> Report:
+    return Report(
+        instance=alias,
+        alias=alias,
+        key=alias,
+        state=state,
+        devices=(0,),
+        memory_bytes=int(gb * GB),
+        held_bytes=int(held * GB),
+        capacity=10,
+        levels=(1, 2) if sleeps else (),
+    )
+
+
+def heard(*reports: Report) -> WorkerReported:
+    used = sum(each.held_bytes if each.state in (S.SLEEP_1, S.SLEEP_2) else each.memory_bytes for each in reports)
+    device = Device(index=0, kind="cuda", total_bytes=TOTAL, free_bytes=TOTAL - used)
+    return WorkerReported(worker_id="w", incarnation="1", devices=(device,), engines={"fake": ""}, reports=reports)
+
+
+def asked(*aliases: str, **waiting: int) -> DemandHeard:
+    """So many wait for each model; one, where no number is given."""
+    waiting = dict.fromkeys(aliases, 1) | waiting
+    return DemandHeard("g", {alias: Seen(waiting=count, requests=count) for alias, count in waiting.items()})
+
+
+def serving(**inflight: int) -> DemandHeard:
+    seen = {alias: Seen(inflight={alias: count}, requests=count) for alias, count in inflight.items()}
+    return DemandHeard("g", seen)
+
+
+def play(*events: tuple[float, Event], pool: Pool | None = None) -> tuple[Pool, Sequence[Effect]]:
+    """The pool after the events, and the effects of the last one."""
+    pool = pool or Pool(policy=POLICY)
+    effects: Sequence[Effect] = ()
+    for now, event in events:
+        pool, effects = step(pool, event, now)
+    return pool, effects
+
+
+def told(effects: Sequence[Effect]) -> list[tuple[str, str]]:
+    words = {Start: "start", Stop: "stop", Wake: "wake"}
+    return [
+        (f"sleep {each.level}" if isinstance(each, Sleep) else words[type(each)], each.instance) for each in effects
+    ]
+
+
+def up(*aliases: str, gb: int = 6) -> Pool:
+    """At time 0 these run, and nobody asks for them."""
+    events: list[tuple[float, Event]] = [(0, ModelRegistered(model(alias, gb))) for alias in aliases]
+    pool, _ = play(*events, (0, heard(*(report(alias, gb=gb) for alias in aliases))))
+    return pool
+
+
+def changed(alias: str, **settings: object) -> ModelChanged:
+    return ModelChanged(replace(model(alias), **settings))
 
 
 def checked_step(pool: Pool, event: Event, now: float) -> tuple[Pool, Sequence[Effect]]:

@@ -26,7 +26,6 @@ from modelpool.core.pool import (
     ModelRegistered,
     OrderAnswered,
     OrderRefused,
-    Policy,
     Pool,
     Report,
     Tick,
@@ -34,18 +33,10 @@ from modelpool.core.pool import (
     apply,
 )
 from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, reconcile
-from modelpool.core.scaling import ScalingPolicy
+from tests.unit import controller
 
 S = InstanceState
-POLICY = Policy(
-    scaling=ScalingPolicy(idle_sleep_1_s=100, idle_sleep_2_s=200, idle_unload_s=300, cooldown_s=10),
-    min_residence_s=5,
-    heartbeat_timeout_s=1e9,
-    turn_max_s=30,
-    max_replicas=2,
-    swaps_per_minute=1000,
-    backoff_max_s=8,
-)
+POLICY = replace(controller.POLICY, max_replicas=2, swaps_per_minute=1000, backoff_max_s=8)
 DEVICE, MACHINE, PROCESS = 10 * GB, 12 * GB, GB
 WORKERS = ("v", "w")
 _ASLEEP = (S.SLEEP_1, S.SLEEP_2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -16,87 +14,31 @@ from modelpool.core.pool import (
     DemandHeard,
     Device,
     Event,
-    Model,
-    ModelChanged,
     ModelRegistered,
     OrderAnswered,
     OrderRefused,
-    Policy,
     Pool,
     Report,
     Tick,
     WorkerReported,
 )
-from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Sleep, Start, Stop, Wake, next_deadline, step
-from modelpool.core.scaling import ScalingPolicy
-from tests.unit.controller import checked_step
+from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Sleep, Start, Stop, next_deadline
+from tests.unit.controller import (
+    POLICY,
+    TOTAL,
+    asked,
+    changed,
+    checked_step,
+    heard,
+    model,
+    play,
+    report,
+    serving,
+    told,
+    up,
+)
 
 S = InstanceState
-POLICY = Policy(
-    scaling=ScalingPolicy(idle_sleep_1_s=100, idle_sleep_2_s=200, idle_unload_s=300, cooldown_s=10),
-    min_residence_s=5,
-    heartbeat_timeout_s=1e9,
-    turn_max_s=30,
-)
-TOTAL = 10 * GB
-
-
-def model(alias: str, gb: int = 6, *, pinned: bool = False, least: int | None = None) -> Model:
-    return Model(
-        alias=alias, key=alias, engine="fake", created=0, memory_bytes=gb * GB, pinned=pinned, min_replicas=least
-    )
-
-
-def report(alias: str, state: S = S.ACTIVE, *, gb: float = 6, held: float = 0, sleeps: bool = True) -> Report:
-    return Report(
-        instance=alias,
-        alias=alias,
-        key=alias,
-        state=state,
-        devices=(0,),
-        memory_bytes=int(gb * GB),
-        held_bytes=int(held * GB),
-        capacity=10,
-        levels=(1, 2) if sleeps else (),
-    )
-
-
-def heard(*reports: Report) -> WorkerReported:
-    used = sum(each.held_bytes if each.state in (S.SLEEP_1, S.SLEEP_2) else each.memory_bytes for each in reports)
-    device = Device(index=0, kind="cuda", total_bytes=TOTAL, free_bytes=TOTAL - used)
-    return WorkerReported(worker_id="w", incarnation="1", devices=(device,), engines={"fake": ""}, reports=reports)
-
-
-def asked(**waiting: int) -> DemandHeard:
-    return DemandHeard("g", {alias: Seen(waiting=count, requests=count) for alias, count in waiting.items()})
-
-
-def serving(**inflight: int) -> DemandHeard:
-    seen = {alias: Seen(inflight={alias: count}, requests=count) for alias, count in inflight.items()}
-    return DemandHeard("g", seen)
-
-
-def play(*events: tuple[float, Event], pool: Pool | None = None) -> tuple[Pool, Sequence[Effect]]:
-    """The pool after the events, and the effects of the last one."""
-    pool = pool or Pool(policy=POLICY)
-    effects: Sequence[Effect] = ()
-    for now, event in events:
-        pool, effects = step(pool, event, now)
-    return pool, effects
-
-
-def told(effects: Sequence[Effect]) -> list[tuple[str, str]]:
-    words = {Start: "start", Stop: "stop", Wake: "wake"}
-    return [
-        (f"sleep {each.level}" if isinstance(each, Sleep) else words[type(each)], each.instance) for each in effects
-    ]
-
-
-def up(*aliases: str, gb: int = 6) -> Pool:
-    """At time 0 these run, and nobody asks for them."""
-    events: list[tuple[float, Event]] = [(0, ModelRegistered(model(alias, gb))) for alias in aliases]
-    pool, _ = play(*events, (0, heard(*(report(alias, gb=gb) for alias in aliases))))
-    return pool
 
 
 def test_who_is_idle_goes_down_the_ladder_and_stays_registered() -> None:
@@ -224,10 +166,6 @@ def test_one_put_to_sleep_by_hand_is_not_woken_for_requests_that_were_served() -
     assert effects == ()
     _, effects = play((5, asked(a=1)), pool=pool)
     assert told(effects) == [("wake", "a")]
-
-
-def changed(alias: str, **settings: object) -> ModelChanged:
-    return ModelChanged(replace(model(alias), **settings))
 
 
 def test_what_is_to_be_preloaded_is_brought_up_whenever_there_is_room_and_gives_way_to_whoever_is_asked_for() -> None:

@@ -24,7 +24,7 @@ from modelpool.core.learned import (
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB
 from modelpool.core.pool import ModelRegistered, OrderAnswered, Pool, Tick, WorkerGone, WorkerLeft, at_rest
-from tests.unit.test_ladder import POLICY, asked, heard, model, play, report, told, up
+from tests.unit.controller import POLICY, asked, heard, model, play, report, told, up
 
 S = InstanceState
 

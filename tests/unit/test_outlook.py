@@ -10,7 +10,7 @@ from modelpool.core.learned import What, learn
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import DemandHeard, ModelRegistered, Pool
 from modelpool.manager.outlook import in_words, outlook
-from tests.unit.test_ladder import asked, changed, heard, model, play, report, serving, up
+from tests.unit.controller import asked, changed, heard, model, play, report, serving, up
 
 S = InstanceState
 LEARNED = learn(learn(learn({}, "w", What.START, 8.0), "w", What.WAKE_1, 0.3), "w", What.WAKE_1, 0.1)

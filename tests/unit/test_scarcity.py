@@ -8,53 +8,27 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from modelpool.core.availability import on_its_way
-from modelpool.core.demand import Seen
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB, HOST
 from modelpool.core.pool import (
-    DemandHeard,
     Device,
-    Event,
-    Model,
     ModelRegistered,
     OrderRefused,
-    Policy,
     Pool,
     Report,
     Tick,
     WorkerReported,
 )
-from modelpool.core.reconcile import Effect, Sleep, next_deadline, step
-from modelpool.core.scaling import ScalingPolicy
+from modelpool.core.reconcile import Effect, Sleep, next_deadline
+from tests.unit import controller
+from tests.unit.controller import asked, model, play
 
 S = InstanceState
-POLICY = Policy(
-    scaling=ScalingPolicy(idle_sleep_1_s=100, idle_sleep_2_s=200, idle_unload_s=300, cooldown_s=10),
-    min_residence_s=5,
-    heartbeat_timeout_s=1e9,
-    backoff_max_s=60,
-)
-
-
-def model(alias: str = "m", gb: int = 6, **fields: object) -> Model:
-    one = Model(alias=alias, key=alias, engine="fake", created=0, memory_bytes=gb * GB)
-    return replace(one, **fields)
 
 
 def report(alias: str = "m", state: S = S.ACTIVE, *, gb: int = 6, **fields: object) -> Report:
-    one = Report(
-        instance=alias,
-        alias=alias,
-        key=alias,
-        state=state,
-        devices=(0,),
-        memory_bytes=gb * GB,
-        held_bytes={S.ACTIVE: gb * GB, S.SLEEP_1: GB, S.SLEEP_2: GB}.get(state, 0),
-        weights_bytes=4 * GB,
-        capacity=10,
-        levels=(1, 2),
-    )
-    return replace(one, **fields)
+    held = {S.ACTIVE: gb, S.SLEEP_1: 1, S.SLEEP_2: 1}.get(state, 0)
+    return replace(controller.report(alias, state, gb=gb, held=held), weights_bytes=4 * GB, **fields)
 
 
 def heard(*reports: Report, worker: str = "w", free: int = 10, host: int = 64, **fields: object) -> WorkerReported:
@@ -68,19 +42,6 @@ def heard(*reports: Report, worker: str = "w", free: int = 10, host: int = 64, *
 
 def failed(reason: str = "out of memory", *, at: float, alias: str = "m", permanent: bool = False) -> Report:
     return report(alias, S.FAILED, reason=reason, changed_at=at, permanent=permanent)
-
-
-def asked(*aliases: str) -> DemandHeard:
-    return DemandHeard("g", {alias: Seen(waiting=1, requests=1) for alias in aliases})
-
-
-def play(*events: tuple[float, Event], pool: Pool | None = None) -> tuple[Pool, Sequence[Effect]]:
-    """The pool after the events, and the effects of the last one."""
-    pool = pool or Pool(policy=POLICY)
-    effects: Sequence[Effect] = ()
-    for now, event in events:
-        pool, effects = step(pool, event, now)
-    return pool, effects
 
 
 def told(effects: Sequence[Effect]) -> list[tuple[str, str]]:
