@@ -62,6 +62,22 @@ async def serving(handle: Handler, *, path: Path | None = None, port: int = 0) -
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Unfinished:
+    """A handler that takes a request, writes the beginning of an answer, and no more until the other side is gone."""
+
+    def __init__(self, beginning: bytes = b"") -> None:
+        self.asked = asyncio.Event()
+        self.left = asyncio.Event()
+        self._beginning = beginning
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(self._beginning)
+        self.asked.set()
+        await gone(reader)
+        self.left.set()
+
+
 async def read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """One request or response: its head, and its body by Content-Length."""
     head = await reader.readuntil(b"\r\n\r\n")

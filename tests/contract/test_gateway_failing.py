@@ -12,7 +12,7 @@ from modelpool.core.breaker import FAILURES_MAX
 from modelpool.gateway.client_limits import Limits
 from modelpool.relay import Deadlines
 from tests.gateway_world import World, chat, entry, gateway
-from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
+from tests.wire import Unfinished, chunk, gone, on_uvloop, read_message, response, serving
 
 QUICK = Limits(body_bytes=1 << 20, check_s=0.02)
 EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -36,19 +36,16 @@ class Engine:
 
 @on_uvloop
 async def test_an_instance_that_does_not_answer_is_given_up_and_aborts() -> None:
-    left = asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        await gone(reader)
-        left.set()
-
+    upstream = Unfinished()
     deadlines = Deadlines(first_byte_s=0.2)
-    async with serving(handle) as endpoint, gateway(entry("m", [endpoint]), limits=QUICK, deadlines=deadlines) as world:
+    async with (
+        serving(upstream) as endpoint,
+        gateway(entry("m", [endpoint]), limits=QUICK, deadlines=deadlines) as world,
+    ):
         answer = await world.ask(chat())
         assert (answer.status, answer.code) == (504, "upstream_timeout")
         assert "0.2 s" in answer.message
-        await left.wait()
+        await upstream.left.wait()
         await world.until_idle()
 
 

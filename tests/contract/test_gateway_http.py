@@ -13,7 +13,7 @@ from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.listener import ACCEPTED
 from modelpool.relay.upstream import _Connection as Connection
 from tests.gateway_world import Client, World, chat, entry, gateway, request
-from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
+from tests.wire import Unfinished, chunk, gone, on_uvloop, read_message, response, serving
 
 HEALTH = request("GET", "/health")
 BODY = b'{"model": "m", "messages": []}'
@@ -98,43 +98,29 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 @on_uvloop
 async def test_pipelined_requests_that_come_while_one_is_served_wait_and_a_client_that_left_is_seen() -> None:
-    asked, left = asyncio.Event(), asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        asked.set()
-        await gone(reader)
-        left.set()
-
-    async with serving(handle) as endpoint, gateway(entry("m", [endpoint])) as world:
+    upstream = Unfinished()
+    async with serving(upstream) as endpoint, gateway(entry("m", [endpoint])) as world:
         client = await world.connect()
         client.send(chat())
-        await asked.wait()
+        await upstream.asked.wait()
         client.send(HEALTH * 10)
         client.close()
         async with asyncio.timeout(1):
-            await left.wait()
+            await upstream.left.wait()
 
 
 @on_uvloop
 async def test_a_client_that_sent_far_ahead_and_left_is_seen_too() -> None:
-    asked, left = asyncio.Event(), asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        asked.set()
-        await gone(reader)
-        left.set()
-
-    async with serving(handle) as endpoint, gateway(entry("m", [endpoint])) as world:
+    upstream = Unfinished()
+    async with serving(upstream) as endpoint, gateway(entry("m", [endpoint])) as world:
         client = await world.connect()
         client.send(chat())
-        await asked.wait()
+        await upstream.asked.wait()
         client.send(HEALTH * 3000)
         await asyncio.sleep(0.2)  # until the gateway has stopped reading: what is in its socket hides the end
         client.close()
         async with asyncio.timeout(2):
-            await left.wait()
+            await upstream.left.wait()
 
 
 @pytest.mark.parametrize("headers", [{}, {"Connection": "Upgrade", "Upgrade": "h2c"}])
@@ -582,18 +568,12 @@ async def test_ending_lets_what_is_served_finish_and_closes_the_rest() -> None:
 
 @on_uvloop
 async def test_ending_cuts_what_does_not_finish() -> None:
-    left = asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        await gone(reader)
-        left.set()
-
-    async with serving(handle) as endpoint:
+    upstream = Unfinished()
+    async with serving(upstream) as endpoint:
         async with gateway(entry("m", [endpoint]), grace_s=0.01) as world:
             client = await world.connect()
             client.send(chat())
             while not world.instances.inflight:
                 await asyncio.sleep(0)
-        await left.wait()
+        await upstream.left.wait()
         assert await client.at_end()

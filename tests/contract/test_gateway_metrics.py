@@ -19,7 +19,7 @@ from tests.contract.test_gateway_control import Manager
 from tests.contract.test_gateway_passing import EVENT_STREAM, NOT_BEGUN, Upstream, nobody
 from tests.contract.test_gateway_process import Gateway, started
 from tests.gateway_world import ADMIN_KEY, API_KEY, Client, World, chat, entry, gateway, request, snapshot_of
-from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
+from tests.wire import Unfinished, chunk, gone, on_uvloop, read_message, response, serving
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -195,19 +195,11 @@ async def test_a_retry_is_counted_with_its_reason() -> None:
 @pytest.mark.parametrize("begun", [False, True])
 @on_uvloop
 async def test_a_client_that_leaves_is_counted_once_and_is_in_flight_no_more(begun: bool) -> None:
-    asked = asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        if begun:
-            writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
-        asked.set()
-        await gone(reader)
-
-    async with serving(handle) as endpoint, gateway(entry("m", [endpoint])) as world:
+    upstream = Unfinished(EVENT_STREAM + chunk(b"data: 1\n\n") if begun else b"")
+    async with serving(upstream) as endpoint, gateway(entry("m", [endpoint])) as world:
         client = await world.connect()
         client.send(chat(stream=True))
-        await asked.wait()
+        await upstream.asked.wait()
         if begun:
             await client.reader.readuntil(b"data: 1")
         assert value(await scrape(world), "modelpool_requests_in_flight", model="m", instance="m") == 1

@@ -14,7 +14,7 @@ from modelpool.messages.routing import Delta
 from modelpool.relay import Endpoint
 from modelpool.relay.inference import inference_methods
 from tests.gateway_world import TOKEN, chat, entry, gateway, request, snapshot_of
-from tests.wire import Handler, chunk, gone, on_uvloop, read_message, response, serving
+from tests.wire import Handler, Unfinished, chunk, gone, on_uvloop, read_message, response, serving
 
 EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 NOT_BEGUN = b'{"error": {"message": "going", "type": "x", "param": null, "code": "%b"}}'
@@ -341,20 +341,11 @@ async def test_an_answer_that_cannot_say_so_breaks_off(sent: bytes) -> None:
 @pytest.mark.parametrize("begun", [False, True])
 @on_uvloop
 async def test_a_client_that_leaves_takes_its_request_off_the_engine(leaving: str, begun: bool) -> None:
-    asked, left = asyncio.Event(), asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        if begun:
-            writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
-        asked.set()
-        await gone(reader)
-        left.set()
-
-    async with serving(handle) as endpoint, gateway(entry("m", [endpoint])) as world:
+    upstream = Unfinished(EVENT_STREAM + chunk(b"data: 1\n\n") if begun else b"")
+    async with serving(upstream) as endpoint, gateway(entry("m", [endpoint])) as world:
         client = await world.connect()
         client.send(chat(stream=begun))
-        await asked.wait()
+        await upstream.asked.wait()
         if begun:
             await client.reader.readuntil(b"data: 1")
         assert world.instances.inflight == 1
@@ -365,7 +356,7 @@ async def test_a_client_that_leaves_takes_its_request_off_the_engine(leaving: st
         else:
             client.abort()
         since = time.monotonic()
-        await left.wait()
+        await upstream.left.wait()
         assert time.monotonic() - since < 1
         await world.until_idle()
 

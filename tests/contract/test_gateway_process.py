@@ -23,7 +23,7 @@ from modelpool.process import READY_FD, Announcement, NotStarted, Ready
 from modelpool.relay import Endpoint
 from tests.contract.test_gateway_control import Manager
 from tests.gateway_world import Client, World, chat, entry, gateway, request, snapshot_of
-from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
+from tests.wire import Unfinished, chunk, on_uvloop, read_message, response, serving
 
 
 class Gateway:
@@ -218,16 +218,9 @@ async def test_the_openai_sdk_is_at_home_with_and_without_v1(base: str) -> None:
 
 @on_uvloop
 async def test_killed_it_leaves_no_request_running(tmp_path: Path) -> None:
-    asked, left = asyncio.Event(), asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        asked.set()
-        await gone(reader)
-        left.set()
-
+    upstream = Unfinished()
     async with AsyncExitStack() as stack:
-        endpoint = await stack.enter_async_context(serving(handle))
+        endpoint = await stack.enter_async_context(serving(upstream))
         manager = Manager(tmp_path)
         manager.first = snapshot_of(entry("m", [endpoint]))
         await stack.enter_async_context(serving(manager, path=Home(tmp_path).control_socket))
@@ -236,6 +229,6 @@ async def test_killed_it_leaves_no_request_running(tmp_path: Path) -> None:
         while (await client.ask(request("GET", "/v1/models"))).status != 200:
             await asyncio.sleep(0.01)
         client.send(chat())
-        await asked.wait()
+        await upstream.asked.wait()
         running.process.kill()
-        await left.wait()
+        await upstream.left.wait()

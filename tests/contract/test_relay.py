@@ -10,7 +10,7 @@ import pytest
 
 from modelpool.errors import EngineError, UpstreamFailed, UpstreamTimeout
 from modelpool.relay import Endpoint, Exchange, Pool, ResponseHead, encode_request, fetch, fixed_headers
-from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
+from tests.wire import Unfinished, chunk, gone, on_uvloop, read_message, response, serving
 
 GET = encode_request(b"GET", b"/", [], fixed=b"Host: x\r\n")
 EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -348,16 +348,8 @@ async def test_what_is_not_one_http_response_is_a_failure(garbage: bytes) -> Non
 @pytest.mark.parametrize("begun", [False, True])
 @on_uvloop
 async def test_leaving_early_closes_the_connection_at_once(begun: bool) -> None:
-    left = asyncio.Event()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        if begun:
-            writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
-        await gone(reader)
-        left.set()
-
-    async with serving(handle) as endpoint:
+    upstream = Unfinished(EVENT_STREAM + chunk(b"data: 1\n\n") if begun else b"")
+    async with serving(upstream) as endpoint:
         sink = Recorder()
         exchange = await pool_of(endpoint).send(GET, sink)
         waiting = asyncio.create_task(exchange.ended())
@@ -367,7 +359,7 @@ async def test_leaving_early_closes_the_connection_at_once(begun: bool) -> None:
             await asyncio.sleep(0)
         waiting.cancel()
         async with asyncio.timeout(1):
-            await left.wait()
+            await upstream.left.wait()
 
 
 @on_uvloop
