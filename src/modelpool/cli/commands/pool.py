@@ -15,6 +15,7 @@ from rich.console import Console
 from modelpool.cli.command import program
 from modelpool.cli.options import ConfigOption, JsonOption, settings_of
 from modelpool.cli.output import fail, show
+from modelpool.cli.screen import JsonLines, Terminal
 from modelpool.home import AlreadyRunning, Home
 from modelpool.pool_address import PoolAddress, local_address
 from modelpool.process import StartupError
@@ -43,7 +44,7 @@ def up(
     json: JsonOption = False,
 ) -> None:
     """Start gateway, manager and one worker on this machine; end them all on Ctrl-C."""
-    from modelpool.cli.up import JsonLines, Terminal, run_pool
+    from modelpool.cli.up import run_pool
 
     settings = settings_of(
         config,
