@@ -3,7 +3,7 @@
     python -m benchmarks.caches compiled|weights [--rounds 3]
 
 `compiled`: a tiny model that vLLM compiles, by turns with what was compiled before and without. `weights`: a model of
-0.9 GB, of which nothing is in the page cache, without and with reading ahead; and with all of it there.
+0.9 GB, of which nothing is in the page cache, by turns without and with reading ahead; and with all of it there.
 Each figure is from a request for a model that is UNLOADED to its first token, through the gateway.
 """
 
@@ -14,7 +14,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -55,27 +55,28 @@ def compiled(folder: Path, rounds: int) -> dict[str, list[Start]]:
 
 
 def weights(folder: Path, rounds: int) -> dict[str, list[Start]]:
-    """From the disk without and with reading ahead, and from memory."""
+    """By turns from the disk without and with reading ahead, and from memory."""
     model = make_text_model(folder / "model", max_model_len=256, shape=LARGE)
     os.sync()
-    patches = folder / "patches"
-    patches.mkdir()
-    (patches / "sitecustomize.py").write_text(_NOT_AHEAD)
-    not_ahead = os.pathsep.join([str(patches), os.environ.get("PYTHONPATH", "")])
-    found: dict[str, list[Start]] = {}
-    arms: list[tuple[str, dict[str, str], Callable[[Path], None]]] = [
-        ("on the disk, not read ahead", {"PYTHONPATH": not_ahead}, evict),
-        ("on the disk, read ahead", {}, evict),
-        ("in the page cache", {}, lambda path: None),
-    ]
-    for name, environ, before in arms:
-        with pool(folder, **environ) as running:
+    (folder / "sitecustomize.py").write_text(_NOT_AHEAD)
+    not_ahead = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    found: dict[str, list[Start]] = {"on the disk, not read ahead": [], "on the disk, read ahead": [], "in memory": []}
+    with pool(_made(folder / "not"), PYTHONPATH=not_ahead) as without, pool(_made(folder / "ahead")) as usual:
+        for running in (without, usual):
             register(running, model, enforce_eager=True)
-            for _ in range(rounds):
+            running.sleep(3)
+        for _ in range(rounds):
+            for name, running in zip(found, (without, usual, usual), strict=True):
+                if name != "in memory":
+                    evict(model / "model.safetensors")
+                found[name].append(start(running, name))
                 running.sleep(3)
-                before(model / "model.safetensors")
-                found.setdefault(name, []).append(start(running, name))
     return found
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def register(running: Pool, model: Path, **engine_args: Any) -> None:
