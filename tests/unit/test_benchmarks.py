@@ -283,5 +283,13 @@ def test_where_most_of_a_start_went_is_said() -> None:
 
 
 def test_the_controller_thinks_for_milliseconds_whatever_happens() -> None:
-    for what, took in controller.measured(models=200, workers=20, steps=2):
-        assert max(took) < 0.5, what
+    took = controller.measured(models=200, workers=20, seconds=8.0)
+    assert len(took) == 12
+    for what, steps in took.items():
+        assert max(steps) < 0.5, what
+
+
+def test_a_step_with_10_000_models_on_1_000_workers_takes_less_than_half_a_second() -> None:
+    """With tenfold slack: `python -m benchmarks.controller` measures what it takes on a quiet machine."""
+    for what, steps in controller.measured(seconds=0.25).items():
+        assert max(steps) < 0.5, what

@@ -235,11 +235,11 @@ def test_a_worker_that_ends_loses_its_instances_but_no_model() -> None:
 
 def test_a_worker_that_ended_may_be_back_for_a_while() -> None:
     pool, _ = play((0, ModelRegistered(model())), (0, heard()), (5, WorkerGone("w", "1", "its process has ended")))
-    assert pool.workers["w"].back_until == next_deadline(pool) == 5 + WORKER_BACK_S
+    assert pool.missed["w"] == next_deadline(pool) == 5 + WORKER_BACK_S
     back, _ = play((6, heard(incarnation="2")), pool=pool)
-    assert back.workers["w"].back_until is None
+    assert not back.missed
     pool, _ = play((5 + WORKER_BACK_S, Tick()), pool=pool)
-    assert (pool.workers["w"].back_until, next_deadline(pool)) == (None, None)
+    assert (pool.missed, next_deadline(pool)) == ({}, None)
     assert not pool.workers["w"].alive
 
 

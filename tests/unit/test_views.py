@@ -13,7 +13,6 @@ from modelpool.manager.views import (
     Known,
     WorkerFacts,
     entry,
-    instances_by_alias,
     model_view,
 )
 from modelpool.messages.admin import ModelView
@@ -30,7 +29,6 @@ START_8 = {"m": learn({}, "w", What.START, 8.0)}
 def known(
     *instances: Instance,
     alive: bool = True,
-    back_until: float | None = None,
     url: str = "http://w:7000",
     direct: bool = True,
     model: Model = MODEL,
@@ -48,7 +46,7 @@ def known(
         for each in instances
     }
     why = "" if alive else "its process has ended"
-    worker = Worker(worker_id="w", incarnation="1", alive=alive, reason=why, back_until=back_until)
+    worker = Worker(worker_id="w", incarnation="1", alive=alive, reason=why)
     return Known(
         pool=with_instances(
             Pool(
@@ -77,7 +75,7 @@ def instance(name: str = "m", state: S = S.ACTIVE, **fields: object) -> Instance
 
 
 def seen(known_: Known) -> ModelEntry:
-    return entry(known_, "m", instances_by_alias(known_.pool)["m"])
+    return entry(known_, "m")
 
 
 def unavailable(known_: Known) -> tuple[str, str, float]:
@@ -123,7 +121,7 @@ def test_a_failed_model_gives_its_real_reason() -> None:
 
 
 def view(known_: Known) -> ModelView:
-    return model_view(known_, "m", instances_by_alias(known_.pool)["m"])
+    return model_view(known_, "m")
 
 
 def test_a_model_that_is_registered_wrongly_says_how_to_correct_it() -> None:
@@ -210,7 +208,7 @@ def test_what_waits_until_others_give_way_is_on_its_way() -> None:
 
 
 def test_a_worker_that_died_a_moment_ago_may_be_back_and_one_that_is_silent_may_not() -> None:
-    assert on_its_way(known(alive=False, back_until=101.0))
+    assert on_its_way(known(alive=False, missed={"w": 101.0}))
     assert not on_its_way(known(alive=False))
     assert not on_its_way(known(instance(state=S.STARTING), alive=False))
 
@@ -218,7 +216,7 @@ def test_a_worker_that_died_a_moment_ago_may_be_back_and_one_that_is_silent_may_
 def test_a_model_is_as_awake_as_the_best_of_its_instances() -> None:
     def state(*instances: Instance) -> S:
         view = known(*instances)
-        return model_view(view, "m", instances_by_alias(view.pool)["m"]).state
+        return model_view(view, "m").state
 
     assert state() is S.UNLOADED
     assert state(instance(state=S.FAILED), instance("m-r2", S.STARTING)) is S.STARTING
@@ -237,7 +235,7 @@ def test_a_sleeper_has_no_route_and_is_shown_with_its_level_and_its_memory(state
     what = "its instance on w is WAKING" if state is S.WAKING else "it sleeps on w, and wakes when somebody asks for it"
     assert (code, message) == ("model_not_ready", f"The model `m` is not ready: {what}.")
     assert on_its_way(view)
-    model = model_view(view, "m", instances_by_alias(view.pool)["m"])
+    model = model_view(view, "m")
     assert model.state is state
     (shown,) = model.instances
     assert shown.sleep_level_value == {S.SLEEP_1: 1, S.SLEEP_2: 2, S.WAKING: 0}[state]

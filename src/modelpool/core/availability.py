@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.pool import Instance, Pool, instances_of
+from modelpool.core.pool import Instance, Pool, instances_of, is_alive
 
 RETRIED_AT_ONCE_S = 2.0
 _NOT_UP = (InstanceState.FAILED, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
@@ -21,13 +21,12 @@ def on_its_way(pool: Pool, alias: str, now: float) -> bool:
 
     A first failure counts as on its way, since it is tried again at once: mostly an engine that died while it served.
     """
-    alive = {worker.worker_id for worker in pool.workers.values() if worker.alive}
-    if here := [each for each in instances_of(pool, alias) if each.worker_id in alive]:
+    if here := [each for each in instances_of(pool, alias) if is_alive(pool, each.worker_id)]:
         hopeless = alias in pool.hopeless
         return any(each.stopping or _is_coming(each, now, hopeless=hopeless) for each in here)
-    if any(worker.back_until is not None for worker in pool.workers.values()):
+    if pool.missed:
         return True
-    return bool(alive) and alias not in pool.hopeless
+    return alias not in pool.hopeless and any(worker.alive for worker in pool.workers.values())
 
 
 def _is_coming(instance: Instance, now: float, *, hopeless: bool) -> bool:

@@ -64,7 +64,10 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
 def heard(demand: Demand, gateway: str, seen: Seen, now: float, *, over_s: float = 5.0) -> Demand:
     """What a gateway says now, in the place of what it said before. What is in flight is averaged over `over_s`."""
-    there = replace(demand, gateways={**demand.gateways, gateway: replace(seen, requests=0)})
+    gateways = {name: each for name, each in demand.gateways.items() if name != gateway}
+    if seen.waiting or seen.inflight:
+        gateways[gateway] = replace(seen, requests=0)
+    there = replace(demand, gateways=gateways)
     return replace(
         there,
         asked_at=now if seen.requests or there.busy else demand.asked_at,

@@ -66,18 +66,19 @@ class NoPlan(msgspec.Struct, frozen=True):
 
 def first_plan(options: Sequence[Mapping[int, int]], holders: Sequence[Holder], wanted_by: str) -> Plan | NoPlan:
     """A plan for the first of these sets of devices that there is one for."""
-    results = [NoPlan("")]
     for short in options:
-        result = plan(short, holders, wanted_by)
-        if isinstance(result, Plan):
-            return result
-        results.append(result)
+        if found := _cheapest(short, holders, wanted_by):
+            return found
     anywhere = {index: 0 for short in options for index in short}
-    return NoPlan(_who_holds(anywhere, holders), for_now=any(each.for_now for each in results))
+    return NoPlan(_who_holds(anywhere, holders), for_now=any(_in_the_end(short, holders) for short in options))
 
 
 def plan(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) -> Plan | NoPlan:
     """The cheapest steps that free at least `short` bytes on each of those devices."""
+    return first_plan([short], holders, wanted_by)
+
+
+def _cheapest(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) -> Plan | None:
     options = [
         (each.chance * way.back_s / gain, each, way)
         for each in holders
@@ -94,12 +95,7 @@ def plan(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) ->
         if before is None or _gain(way, short) > _gain(before[1], short):
             taken[holder.instance] = (holder, way)
     if not _covered(short, taken):
-        kept = {each.instance for each in holders if each.kept and not each.for_now}
-        most = {
-            each.instance: (each, max(each.ways, key=lambda way: _gain(way, short))) for each in holders if each.ways
-        }
-        in_the_end = {name: pair for name, pair in most.items() if name not in kept}
-        return NoPlan(_who_holds(short, holders), for_now=_covered(short, in_the_end))
+        return None
     for instance, pair in sorted(taken.items(), key=lambda item: -item[1][0].chance * item[1][1].back_s):
         rest = {name: each for name, each in taken.items() if name != instance}
         if _covered(short, rest):
@@ -113,6 +109,16 @@ def plan(short: Mapping[int, int], holders: Sequence[Holder], wanted_by: str) ->
         ),
         cost=sum(holder.chance * way.back_s for holder, way in taken.values()),
     )
+
+
+def _in_the_end(short: Mapping[int, int], holders: Sequence[Holder]) -> bool:
+    """Whether it would be enough if all gave way that may later."""
+    most = {
+        each.instance: (each, max(each.ways, key=lambda way: _gain(way, short)))
+        for each in holders
+        if each.ways and (each.for_now or not each.kept)
+    }
+    return _covered(short, most)
 
 
 def _lightest(

@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.placement import HOST, Room
+from modelpool.core.placement import HOST, Need, Room
 from modelpool.core.pool import Device, Instance, Worker
 from modelpool.core.scaling import Step
 
@@ -65,10 +65,20 @@ def on_host(instance: Instance) -> Claim:
 
 
 class Ledger(msgspec.Struct, frozen=True):
-    """What a worker has room for. `host` is None where the one device is the machine itself, or nobody knows."""
+    """What a worker has room for. `host` is None where the one device is the machine itself, or nobody knows.
+
+    `most`: on the device with the most of it.
+    """
 
     devices: tuple[Room, ...]
     host: Room | None = None
+    most: int = 0
+
+    def may_take(self, need: Need) -> bool:
+        """A quick look, since mostly there is no room: False where there is too little."""
+        if need.bytes_each is not None:
+            return self.most >= need.bytes_each
+        return any(device.free_bytes >= need.on(device) for device in self.devices)
 
     def room(self, index: int) -> Room | None:
         """That of a device, or of HOST."""
@@ -90,8 +100,10 @@ def ledger(worker: Worker, instances: Iterable[Instance]) -> Ledger:
         for index, claim in [*claims, (HOST, on_host(instance))] if fast else claims:
             all_, unseen = sums.get(index, (0, 0))
             sums[index] = (all_ + claim.bytes, unseen + claim.unseen)
+    devices = tuple(_room(device, *sums.get(device.index, (0, 0))) for device in worker.devices)
     return Ledger(
-        devices=tuple(_room(device, *sums.get(device.index, (0, 0))) for device in worker.devices),
+        devices=devices,
+        most=max((device.free_bytes for device in devices), default=0),
         host=_room(worker.host, *sums.get(HOST, (0, 0))) if worker.host and fast else None,
     )
 

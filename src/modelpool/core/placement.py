@@ -94,19 +94,19 @@ class Refusal(msgspec.Struct, frozen=True):
     reason: str
 
 
-def place(need: Need, candidates: Sequence[Candidate]) -> Placement | Refusal:
+def place(need: Need, candidates: Sequence[Candidate], others: int = 0) -> Placement | Refusal:
     """The worker with the fewest replicas of this alias; of those one that has its files; then the most room left.
 
-    One where it failed comes last.
+    One where it failed comes last. `others`: so many more workers have too little room.
     """
     fitting = []
     for candidate in candidates:
-        if _may_fit(need, candidate) and (devices := _fit(need, candidate)[0]):
+        if devices := _fit(need, candidate)[0]:
             left = min(device.free_bytes - need.on(device) for device in devices)
             rank = (candidate.avoid, candidate.replicas_here, not candidate.has_files, -left, candidate.worker_id)
             fitting.append((rank, candidate, left, devices))
     if not fitting:
-        return Refusal(_why(need, candidates))
+        return Refusal(_why(need, candidates, others))
     _, chosen, left, devices = min(fitting, key=lambda choice: choice[0])
     files = "; its files are there" if chosen.has_files else ""
     return Placement(
@@ -186,19 +186,13 @@ def _by_index(room: Room) -> int:
     return room.index
 
 
-def _may_fit(need: Need, candidate: Candidate) -> bool:
-    """A quick look, since mostly there is no room."""
-    least = need.bytes_each or 0
-    return not candidate.refusal and any(device.free_bytes >= least for device in candidate.devices)
-
-
-def _why(need: Need, candidates: Sequence[Candidate]) -> str:
+def _why(need: Need, candidates: Sequence[Candidate], others: int) -> str:
     """Why it fits nowhere: on every worker, or where these are very many on those with the most room."""
     shown = candidates
     if len(candidates) > NAMED_MAX:
         shown = sorted(candidates, key=lambda each: -max((room.free_bytes for room in each.devices), default=0))
     reasons = [f"{each.worker_id}: {_fit(need, each)[1]}" for each in shown[:NAMED_MAX]]
-    if more := len(candidates) - len(reasons):
+    if more := len(candidates) - len(reasons) + others:
         reasons.append(f"and {more} other workers")
     return "; ".join(reasons) or "no worker is registered"
 

@@ -27,6 +27,7 @@ UNWANTED_GRACE_S = 30.0
 WORKER_BACK_S = 30.0
 """A worker whose process has ended is started again by what keeps it, and imports its engines: within this."""
 
+_NOTHING = Seen()
 _LYING_DOWN = (InstanceState.DRAINING, InstanceState.SLEEP_1, InstanceState.SLEEP_2)
 
 Key = tuple[str, str]
@@ -92,7 +93,6 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """`engines`: engine kind → why it cannot be started there, "" when it can.
 
     `host`: the memory of the machine, beside that of its accelerators. `files`: models whose files are there.
-    `back_until`: its process has ended, and until then it may well be back.
     """
 
     worker_id: str
@@ -104,7 +104,6 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool = True
     reason: str = ""
     last_seen: float = 0.0
-    back_until: float | None = None
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +159,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = Policy()
     models: Mapping[str, Model] = {}
     workers: Mapping[str, Worker] = {}
+    missed: Mapping[str, float] = {}
+    """Workers whose process has ended, and until when each may well be back."""
     instances: Mapping[Key, Instance] = {}
     """Changed by `with_instances` only, which keeps the next two."""
     of_model: Mapping[str, tuple[Key, ...]] = {}
@@ -168,12 +169,22 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """worker → its instances; no entry where there are none."""
     touched: frozenset[str] = frozenset()
     """Models, registered or not, about which something has changed since it was last decided what becomes of them."""
+    news: frozenset[str] = frozenset()
+    """Models, registered or not, of which others may have to be told something new. Whoever does so empties it."""
+    room_changed: bool = False
+    """What a worker holds or may be asked is not as it was when those who lack room were looked at."""
+    sought_at: float = -math.inf
+    """When that was."""
     ledgers: Mapping[str, Ledger] = {}
     """worker → what there is room for on it, where that was worked out and nothing has changed since."""
     kept_for: Mapping[str, str] = {}
     """worker → the model for whose requests room is being made there."""
     due: Mapping[str, float] = {}
     """alias → when time alone may change what is decided."""
+    due_first: float = math.inf
+    """The first of these; a model that was removed may have been due then."""
+    workers_due: float = math.inf
+    """When time alone may change what holds of a worker; not before, maybe later."""
     shortages: Mapping[str, str] = {}
     """alias → why a wanted replica of it runs nowhere."""
     hopeless: frozenset[str] = frozenset()
@@ -182,6 +193,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """alias → what was seen of it so far; nothing of a model that was never up."""
     demand: Mapping[str, Demand] = {}
     """By alias, of every registered model."""
+    heard_of: Mapping[str, frozenset[str]] = {}
+    """gateway → the models that have something there; no entry where there are none."""
     wanted_up: frozenset[str] = frozenset()
     """Models to bring up although nobody asks: registered and never seen up since, or lost while they were up."""
     stepped_at: Mapping[str, float] = {}
@@ -356,15 +369,18 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
                 demand={**pool.demand, model.alias: Demand(asked_at=now)},
                 wanted_up=pool.wanted_up if resting else pool.wanted_up | {model.alias},
                 touched=pool.touched | {model.alias},
+                news=pool.news | {model.alias},
             )
         case ModelChanged(model):
-            return _touched(replace(pool, models={**pool.models, model.alias: model}), [model.alias])
+            changed = replace(pool, models={**pool.models, model.alias: model}, news=pool.news | {model.alias})
+            return _touched(changed, [model.alias])
         case ModelReplaced(model):
             return replace(
                 _touched(pool, [model.alias]),
                 models={**pool.models, model.alias: model},
                 learned={**pool.learned, model.alias: {}},
                 wanted_up=pool.wanted_up | {model.alias},
+                news=pool.news | {model.alias},
             )
         case ModelRemoved(alias):
             unwanted = {
@@ -373,11 +389,13 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             return replace(
                 _touched(with_instances(pool, unwanted), [alias]),
                 models=_without(pool.models, alias),
+                news=pool.news | {alias},
                 hopeless=pool.hopeless - {alias},
                 due=_without(pool.due, alias),
                 shortages=_without(pool.shortages, alias),
                 learned=_without(pool.learned, alias),
                 demand=_without(pool.demand, alias),
+                heard_of={gateway: models - {alias} for gateway, models in pool.heard_of.items()},
                 wanted_up=pool.wanted_up - {alias},
                 stepped_at=_without(pool.stepped_at, alias),
                 wishes=_without(pool.wishes, alias),
@@ -393,6 +411,7 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             return replace(
                 _without_instances(pool, worker_id),
                 workers=_without(pool.workers, worker_id),
+                missed=_without(pool.missed, worker_id),
                 draining=_without(pool.draining, worker_id),
             )
         case DrainBegun(worker_id):
@@ -408,8 +427,10 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
         case DemandHeard(gateway, seen):
             return _demanded(pool, gateway, seen, now)
         case GatewayGone(gateway):
-            left = {alias: forgotten(each, gateway) for alias, each in pool.demand.items() if gateway in each.gateways}
-            return replace(pool, demand={**pool.demand, **left}, touched=pool.touched | left.keys())
+            left = {alias: forgotten(pool.demand[alias], gateway) for alias in pool.heard_of.get(gateway, ())}
+            return replace(
+                _touched(pool, left), demand={**pool.demand, **left}, heard_of=_without(pool.heard_of, gateway)
+            )
         case Tick():
             return _time_passed(pool, now)
 
@@ -417,12 +438,16 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
 def _demanded(pool: Pool, gateway: str, seen: Mapping[str, Seen], now: float) -> Pool:
     """A model that a gateway says nothing of has nothing there."""
     over_s = pool.policy.scaling.averaged_over_s
+    told = pool.heard_of.get(gateway, frozenset()).union(alias for alias in seen if alias in pool.demand)
     changed = {
-        alias: heard(each, gateway, seen.get(alias, Seen()), now, over_s=over_s)
-        for alias, each in pool.demand.items()
-        if alias in seen or gateway in each.gateways
+        alias: heard(pool.demand[alias], gateway, seen.get(alias, _NOTHING), now, over_s=over_s) for alias in told
     }
-    return replace(pool, demand={**pool.demand, **changed}, touched=pool.touched | changed.keys())
+    there = frozenset(alias for alias, each in changed.items() if gateway in each.gateways)
+    return replace(
+        _touched(pool, told),
+        demand={**pool.demand, **changed},
+        heard_of={**pool.heard_of, gateway: there} if there else _without(pool.heard_of, gateway),
+    )
 
 
 def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
@@ -464,17 +489,20 @@ def _reported(pool: Pool, event: WorkerReported, now: float) -> Pool:
     up = {each.alias for each in merged.values() if each.state in there and _is_of(pool, each)}
     news = {key: each for key, each in merged.items() if each != pool.instances.get(key)}
     if before is None or before != replace(worker, last_seen=before.last_seen):
-        pool = replace(_room_changed(pool), ledgers=_without(pool.ledgers, event.worker_id))
+        pool = replace(_room_changed(pool, event.worker_id), ledgers=_without(pool.ledgers, event.worker_id))
     if before is None or not before.alive:
         pool = _touched(pool, (each.alias for each in merged.values()))
     instances_before = pool.instances
     pool = with_instances(pool, news, gone=mine.keys() - merged.keys())
+    lost &= pool.models.keys()
     return replace(
         pool,
         workers={**pool.workers, event.worker_id: worker},
+        missed=_without(pool.missed, event.worker_id) if pool.missed else pool.missed,
+        workers_due=min(pool.workers_due, now + pool.policy.heartbeat_timeout_s),
         demand=_without_those_served(pool, event.worker_id, instances_before),
         learned=_learned(pool, event.worker_id, observed) if observed else pool.learned,
-        wanted_up=(pool.wanted_up | (lost & pool.models.keys())) - up,
+        wanted_up=pool.wanted_up if pool.wanted_up.isdisjoint(up) and not lost else (pool.wanted_up | lost) - up,
         awaited=pool.awaited - {event.worker_id},
     )
 
@@ -656,8 +684,13 @@ def _gone(pool: Pool, event: WorkerGone, now: float) -> Pool:
     worker = pool.workers.get(event.worker_id)
     if worker is None or worker.incarnation != event.incarnation:
         return pool
-    lost = replace(worker, alive=False, reason=event.reason, back_until=now + WORKER_BACK_S)
-    return replace(_without_instances(pool, event.worker_id), workers={**pool.workers, event.worker_id: lost})
+    lost = replace(worker, alive=False, reason=event.reason)
+    return replace(
+        _without_instances(pool, event.worker_id),
+        workers={**pool.workers, event.worker_id: lost},
+        missed={**pool.missed, event.worker_id: now + WORKER_BACK_S},
+        workers_due=min(pool.workers_due, now + WORKER_BACK_S),
+    )
 
 
 def _without_instances(pool: Pool, worker_id: str) -> Pool:
@@ -665,7 +698,7 @@ def _without_instances(pool: Pool, worker_id: str) -> Pool:
     gone = pool.on_worker.get(worker_id, ())
     lost = {each.alias for key in gone if _is_up(each := pool.instances[key])}
     return replace(
-        _room_changed(with_instances(pool, {}, gone=gone)),
+        _room_changed(with_instances(pool, {}, gone=gone), worker_id),
         ledgers=_without(pool.ledgers, worker_id),
         wanted_up=pool.wanted_up | (lost & pool.models.keys()),
     )
@@ -689,27 +722,25 @@ def _without_level(instance: Instance, level: int, reason: str) -> Instance:
 
 
 def _time_passed(pool: Pool, now: float) -> Pool:
+    if now >= pool.recover_until and pool.awaited:
+        pool = replace(pool, awaited=frozenset())
+    if now < pool.workers_due:
+        return pool
     lost = {
         worker.worker_id: replace(worker, alive=False, reason=f"no heartbeat for {now - worker.last_seen:.0f} s")
         for worker in pool.workers.values()
         if worker.alive and now - worker.last_seen >= pool.policy.heartbeat_timeout_s
     }
-    given_up = {
-        worker.worker_id: replace(worker, back_until=None)
-        for worker in pool.workers.values()
-        if worker.back_until is not None and now >= worker.back_until
-    }
-    awaited = pool.awaited if now < pool.recover_until else frozenset()
-    if not lost and not given_up and awaited == pool.awaited:
-        return pool
+    missed = {worker_id: until for worker_id, until in pool.missed.items() if now < until}
+    pool = replace(pool, workers={**pool.workers, **lost}, missed=missed)
+    silent_at = [each.last_seen + pool.policy.heartbeat_timeout_s for each in pool.workers.values() if each.alive]
+    pool = replace(pool, workers_due=min([*silent_at, *missed.values()], default=math.inf))
     there = [pool.instances[key] for worker_id in lost for key in pool.on_worker.get(worker_id, ())]
-    missed = {each.alias for each in there if _is_up(each)}
-    return replace(
-        _touched(_room_changed(pool), (each.alias for each in there)),
-        workers={**pool.workers, **lost, **given_up},
-        awaited=awaited,
-        wanted_up=pool.wanted_up | (missed & pool.models.keys()),
-    )
+    aliases = {each.alias for each in there}
+    wanted_up = pool.wanted_up | ({each.alias for each in there if _is_up(each)} & pool.models.keys())
+    for worker_id in lost:
+        pool = _room_changed(pool, worker_id)
+    return replace(_touched(pool, aliases), wanted_up=wanted_up, news=pool.news | aliases)
 
 
 def key_of(instance: Instance) -> Key:
@@ -723,6 +754,12 @@ def instances_of(pool: Pool, alias: str) -> list[Instance]:
 
 def instances_on(pool: Pool, worker_id: str) -> list[Instance]:
     return [pool.instances[key] for key in pool.on_worker.get(worker_id, ())]
+
+
+def is_alive(pool: Pool, worker_id: str) -> bool:
+    """Whether it may be given orders."""
+    worker = pool.workers.get(worker_id)
+    return worker is not None and worker.alive
 
 
 def with_instances(pool: Pool, changed: Mapping[Key, Instance], *, gone: Collection[Key] = ()) -> Pool:
@@ -744,8 +781,11 @@ def with_instances(pool: Pool, changed: Mapping[Key, Instance], *, gone: Collect
         )
     aliases = {each.alias for each in changed.values()} | {before[key].alias for key in left}
     workers = {key[0] for key in (*changed, *left)}
-    ledgers = {worker_id: each for worker_id, each in pool.ledgers.items() if worker_id not in workers}
-    return _room_changed(_touched(replace(pool, instances=instances, ledgers=ledgers), aliases))
+    ledgers = dict(pool.ledgers)
+    for worker_id in workers:
+        ledgers.pop(worker_id, None)
+        pool = _room_changed(pool, worker_id)
+    return _touched(replace(pool, instances=instances, ledgers=ledgers, news=pool.news | aliases), aliases)
 
 
 def _regrouped(
@@ -768,14 +808,15 @@ def _touched(pool: Pool, aliases: Iterable[str]) -> Pool:
     return replace(pool, touched=pool.touched.union(aliases))
 
 
-def _room_changed(pool: Pool) -> Pool:
-    """With a look at those who lack room: what a worker holds or may be asked has changed."""
-    return _touched(pool, pool.shortages) if pool.shortages else pool
+def _room_changed(pool: Pool, worker_id: str) -> Pool:
+    """With a look at those who lack room, at once at the one for whom it is made there."""
+    pool = replace(pool, room_changed=True)
+    return _touched(pool, [pool.kept_for[worker_id]]) if worker_id in pool.kept_for else pool
 
 
 def _worker_changed(pool: Pool, worker_id: str) -> Pool:
     """With a look at those who are on this worker, or lack room."""
-    return _touched(_room_changed(pool), (each.alias for each in instances_on(pool, worker_id)))
+    return _touched(_room_changed(pool, worker_id), (each.alias for each in instances_on(pool, worker_id)))
 
 
 def put(pool: Pool, key: Key, instance: Instance) -> Pool:

@@ -6,7 +6,8 @@ Pure, like core/pool.py: the manager's loop brings the events and the time, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import nlargest, nsmallest
 from itertools import islice
 
 import msgspec
@@ -32,6 +33,7 @@ from modelpool.core.pool import (
     has_failed,
     instances_of,
     instances_on,
+    is_alive,
     key_of,
     put,
 )
@@ -49,8 +51,13 @@ _TURN_FACTOR = 4.0
 _COST_MAX = 600.0
 _LOOK_COST = 1.0
 _ORDER_COST = 10.0
-_WORKER_COST = 0.4
+_WORKER_COST = 0.03
 _HOLDER_COST = 1.0
+_SORTED_MAX = 1000
+"""So many models are considered in one round."""
+_SOUGHT_AT_ONCE = 200
+_SOUGHT_PER_S = 5000.0
+"""When there may be more room, so many workers are asked at once for those who lack it; if more, so many a second."""
 _ASKED_MAX = 25
 """Workers of which it is asked at once who may give way there."""
 _HOST_GUESS_BYTES = 2 * GB
@@ -147,10 +154,14 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
     """
     if pool.recovering:
         return pool, ()
+    looked_at = pool.touched if now < pool.due_first else pool.touched.union(_all_due(pool, now))
+    room_changed = pool.room_changed or not looked_at.isdisjoint(pool.kept_for.values())
+    if seeks := room_changed and _sought_again_at(pool) <= now:
+        looked_at = looked_at.union(pool.shortages)  # the room may be theirs now
+    elif not looked_at and not pool.draining:
+        return pool, ()
+    looked_at, left = _in_turn(pool, looked_at, now)
     round_ = _Round(now, pool.ledgers)
-    looked_at = pool.touched.union(alias for alias, due in pool.due.items() if due <= now)
-    if not looked_at.isdisjoint(pool.kept_for.values()):
-        looked_at |= pool.shortages.keys()  # the room may be theirs now
     round_.kept_for = {worker_id: alias for worker_id, alias in pool.kept_for.items() if alias not in looked_at}
     pool = replace(pool, touched=frozenset())
     for alias in sorted(looked_at):
@@ -162,26 +173,66 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
         pool = _advance(pool, models[done], round_)
         done += 1
     pool = _dismiss_drained(pool, round_)
-    return _settled(pool, looked_at, {model.alias for model in models[done:]}, round_), tuple(round_.effects)
+    pool = _settled(pool, looked_at, left.union(model.alias for model in models[done:]), round_)
+    # What was ordered takes room. What becomes free by it does so by the report that shows it.
+    pool = replace(pool, room_changed=room_changed and not seeks, sought_at=now if seeks else pool.sought_at)
+    return pool, tuple(round_.effects)
 
 
-def _settled(pool: Pool, looked_at: frozenset[str], postponed: Collection[str], round_: _Round) -> Pool:
+def _all_due(pool: Pool, now: float) -> list[str]:
+    return [alias for alias, due in pool.due.items() if due <= now]
+
+
+def _sought_again_at(pool: Pool) -> float:
+    """When those who lack room may be looked at again: at once where they are few, so many a second where not.
+
+    Those of them for whom requests wait are looked at every second anyway, and those for whom room is being made on a
+    worker at once when something changes there.
+    """
+    asked = len(pool.shortages) * min(len(pool.workers), _ASKED_MAX)
+    return pool.sought_at + max(0, asked - _SOUGHT_AT_ONCE) / _SOUGHT_PER_S
+
+
+def _in_turn(pool: Pool, aliases: frozenset[str], now: float) -> tuple[frozenset[str], frozenset[str]]:
+    """Of these so many as one round can sort, and the rest: who waits, and who is due for longest."""
+    if len(aliases) <= _SORTED_MAX:
+        return aliases, frozenset()
+    ranked = ((_idle(pool, alias), min(now, pool.due.get(alias, now)), alias) for alias in aliases)
+    first = frozenset(alias for _, _, alias in nsmallest(_SORTED_MAX, ranked))
+    return first, aliases - first
+
+
+def _idle(pool: Pool, alias: str) -> bool:
+    demand = pool.demand.get(alias)
+    return demand is None or demand.waiting_since is None
+
+
+def _settled(pool: Pool, looked_at: frozenset[str], postponed: frozenset[str], round_: _Round) -> Pool:
     """With what was decided, and when it is to be decided anew."""
-    done, short = looked_at.difference(postponed), round_.shortages
-    lasting = {alias: reason for alias, reason in pool.shortages.items() if alias not in done}
+    done, short = looked_at - postponed, round_.shortages
+    shortages = {alias: reason for alias, reason in pool.shortages.items() if alias not in done}
+    shortages |= {alias: each.reason for alias, each in short.items()}
+    hopeless = (pool.hopeless - done).union(alias for alias, each in short.items() if each.hopeless)
+    told = {alias for alias in done if pool.shortages.get(alias) != shortages.get(alias)}
+    told |= pool.hopeless ^ hopeless
     pool = replace(
         pool,
         wishes={**pool.wishes, **round_.wishes},
-        shortages=lasting | {alias: each.reason for alias, each in short.items()},
-        hopeless=(pool.hopeless - done).union(alias for alias, each in short.items() if each.hopeless),
+        shortages=shortages,
+        hopeless=hopeless,
         kept_for=round_.kept_for,
         ledgers=round_.ledgers,
+        news=pool.news | told,
     )
-    due = {**pool.due, **{alias: _due_at(pool, alias, round_.now) for alias in done | pool.touched}}
-    due |= dict.fromkeys(postponed, round_.now)
-    for alias in [each for each in done | pool.touched if due[each] == math.inf]:
-        del due[alias]
-    return replace(pool, due=due)
+    due = dict(pool.due)
+    for alias in done | pool.touched:
+        if (at := _due_at(pool, alias, round_.now)) < math.inf:
+            due[alias] = at
+        else:
+            due.pop(alias, None)
+    for alias in postponed:
+        due[alias] = min(round_.now, due.get(alias, math.inf))
+    return replace(pool, due=due, due_first=min(due.values(), default=math.inf))
 
 
 def _dismiss_drained(pool: Pool, round_: _Round) -> Pool:
@@ -247,7 +298,7 @@ def _stop_unwanted(pool: Pool, alias: str, round_: _Round) -> Pool:
     model = pool.models.get(alias)
     for instance in instances_of(pool, alias):
         key = key_of(instance)
-        if not _alive(pool, instance):
+        if not is_alive(pool, instance.worker_id):
             continue
         if instance.stopping:
             if _due(instance.ordered_at, ORDER_RETRY_S, round_.now):
@@ -307,7 +358,7 @@ def _outgoing(pool: Pool, model: Model) -> list[Instance]:
     if not pool.draining and not model.replaces:
         return []
     mine = instances_of(pool, model.alias)
-    return [each for each in mine if not each.stopping and _alive(pool, each) and why_outgoing(pool, each)]
+    return [each for each in mine if not each.stopping and is_alive(pool, each.worker_id) and why_outgoing(pool, each)]
 
 
 def _with_successors(pool: Pool, model: Model, now: float) -> ScalingPolicy:
@@ -360,31 +411,21 @@ def _let_go(pool: Pool, model: Model, round_: _Round) -> Pool:
 
 def scaling_of(policy: Policy, model: Model) -> ScalingPolicy:
     """The policy for one model: what it says itself, else what holds for all."""
-    general = replace(
-        policy.scaling,
-        load_high=_first(model.load_high, policy.scaling.load_high),
-        load_low=_first(model.load_low, policy.scaling.load_low),
-        cooldown_s=_first(model.cooldown_s, policy.scaling.cooldown_s),
-    )
+    general, never = policy.scaling, math.inf
     most = policy.max_replicas if model.max_replicas is None else model.max_replicas
     least = min(policy.min_replicas, most) if model.min_replicas is None else model.min_replicas
     if model.pinned:
-        never = math.inf
-        return replace(
-            general,
-            min_replicas=max(1, least),
-            max_replicas=max(1, least, most),
-            idle_sleep_1_s=never,
-            idle_sleep_2_s=never,
-            idle_unload_s=never,
-        )
-    return replace(
-        general,
+        least = max(1, least)
+    return ScalingPolicy(
         min_replicas=least,
         max_replicas=max(1, least, most),
-        idle_sleep_1_s=_first(model.idle_sleep_1_s, general.idle_sleep_1_s),
-        idle_sleep_2_s=_first(model.idle_sleep_2_s, general.idle_sleep_2_s),
-        idle_unload_s=_first(model.idle_unload_s, general.idle_unload_s),
+        load_high=_first(model.load_high, general.load_high),
+        load_low=_first(model.load_low, general.load_low),
+        averaged_over_s=general.averaged_over_s,
+        cooldown_s=_first(model.cooldown_s, general.cooldown_s),
+        idle_sleep_1_s=never if model.pinned else _first(model.idle_sleep_1_s, general.idle_sleep_1_s),
+        idle_sleep_2_s=never if model.pinned else _first(model.idle_sleep_2_s, general.idle_sleep_2_s),
+        idle_unload_s=never if model.pinned else _first(model.idle_unload_s, general.idle_unload_s),
     )
 
 
@@ -397,7 +438,10 @@ def _usable(pool: Pool, model: Model) -> list[Instance]:
     return [
         each
         for each in instances_of(pool, model.alias)
-        if not each.stopping and each.key == model.key and _alive(pool, each) and each.worker_id not in pool.draining
+        if not each.stopping
+        and each.key == model.key
+        and is_alive(pool, each.worker_id)
+        and each.worker_id not in pool.draining
     ]
 
 
@@ -454,13 +498,12 @@ def _set_by(pool: Pool, instance: Instance) -> Pool:
 def _retry(pool: Pool, model: Model, instance: Instance, round_: _Round) -> tuple[Pool, Shortage | None]:
     """Start one that failed, where there is room for it now, which may be somewhere else."""
     key = key_of(instance)
-    candidates = _candidates(pool, model, round_, failed=instance)
-    choice = place(_need(pool, model), candidates)
+    choice = _find_place(pool, model, round_, failed=instance)
     if isinstance(choice, Refusal):
         pool = change(pool, key, retry_at=round_.now + _RECHECK_S)
         if not pool.demand[model.alias].waiting:
-            return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model, round_))
-        return _make_room(pool, model, _lacking(pool, model, candidates), choice, round_)
+            return pool, Shortage(choice.reason, hopeless=not ever_fits(pool, model))
+        return _make_room(pool, model, _alive_workers(pool), _lacking(pool, model, round_, instance), choice, round_)
     again = _new_instance(pool, model, instance.instance, choice)
     if choice.worker_id != instance.worker_id:
         if key_of(again) in pool.instances:
@@ -553,29 +596,31 @@ def _order(pool: Pool, instance: Instance, step: Step, reason: str, round_: _Rou
 
 def _start_another(pool: Pool, model: Model, decided: Wish, round_: _Round) -> tuple[Pool, Shortage | None]:
     mine = instances_of(pool, model.alias)
-    ending = {each.instance for each in mine if each.stopping and each.drain_s is None and _alive(pool, each)}
+    ending = {
+        each.instance for each in mine if each.stopping and each.drain_s is None and is_alive(pool, each.worker_id)
+    }
     name = free_name(model.alias, {each.instance for each in mine} - ending)
     if name in ending:
         return pool, Shortage("waits for its former instance to end")
     asked_for = (model.engine, _need(pool, model), scaling_of(pool.policy, model).min_replicas)
     if not decided.urgent and asked_for in round_.refused:
         return pool, round_.refused[asked_for]
-    candidates = _candidates(pool, model, round_)
-    if not decided.urgent:
-        candidates = [_unless_kept(each, round_) for each in candidates]
-    choice = place(_need(pool, model), candidates)
+    choice = _find_place(pool, model, round_, unless_kept=not decided.urgent)
     if isinstance(choice, Placement):
         return _start(pool, _new_instance(pool, model, name, choice), round_), None
     if not decided.urgent:
-        round_.refused[asked_for] = Shortage(choice.reason, hopeless=not ever_fits(pool, model, round_))
+        round_.refused[asked_for] = Shortage(choice.reason, hopeless=not ever_fits(pool, model))
         return pool, round_.refused[asked_for]
-    return _make_room(pool, model, _lacking(pool, model, candidates), choice, round_)
+    return _make_room(pool, model, _alive_workers(pool), _lacking(pool, model, round_), choice, round_)
 
 
-def _lacking(pool: Pool, model: Model, candidates: Iterable[Candidate]) -> dict[str, Iterable[Mapping[int, int]]]:
-    """What is lacking on each worker, for one set of devices after the other."""
+Lacking = Callable[[str], Iterable[Mapping[int, int]]]
+"""worker → what is lacking there, in bytes by device, for one set of devices after the other."""
+
+
+def _lacking(pool: Pool, model: Model, round_: _Round, failed: Instance | None = None) -> Lacking:
     need = _need(pool, model)
-    return {candidate.worker_id: shortfalls(need, candidate) for candidate in candidates}
+    return lambda worker_id: shortfalls(need, _candidate(pool, model, pool.workers[worker_id], round_, failed))
 
 
 def _elsewhere(
@@ -587,7 +632,7 @@ def _elsewhere(
     for other in usable:
         if other.state in _ASLEEP and other.order is Step.NONE and not _lacking_to_wake(pool, other, round_):
             return _order(pool, other, Step.WAKE, decided.reason, round_), None
-    choice = place(_need(pool, model), _candidates(pool, model, round_))
+    choice = _find_place(pool, model, round_)
     if isinstance(choice, Refusal) or choice.worker_id == sleeper.worker_id:
         return pool, blocked
     if len(usable) >= scaling_of(pool.policy, model).max_replicas:
@@ -609,7 +654,7 @@ def _room_to_wake(
     refusal = Refusal(f"{instance.worker_id}: to wake {instance.instance} lacks {numbers}")
     if not decided.urgent:
         return pool, Shortage(refusal.reason)
-    return _make_room(pool, model, {instance.worker_id: [short]}, refusal, round_)
+    return _make_room(pool, model, [instance.worker_id], lambda _: [short], refusal, round_)
 
 
 def _lacking_to_wake(pool: Pool, instance: Instance, round_: _Round) -> dict[int, int]:
@@ -624,19 +669,20 @@ def _lacking_to_wake(pool: Pool, instance: Instance, round_: _Round) -> dict[int
 def _make_room(
     pool: Pool,
     model: Model,
-    lacking: Mapping[str, Iterable[Mapping[int, int]]],
+    workers: Sequence[str],
+    lacking: Lacking,
     refusal: Refusal,
     round_: _Round,
 ) -> tuple[Pool, Shortage | None]:
-    """Have others give way on the worker where that costs least; say what is waited for, or why nobody can.
+    """Have others give way on that worker of these where it costs least; say what is waited for, or why nobody can.
 
     Who is brought up without being asked for leaves alone what becomes free there meanwhile.
     """
     plans: list[tuple[float, str, Plan]] = []
     refusals: list[tuple[str, NoPlan]] = []
-    moving = len(lacking) > _ASKED_MAX
-    for worker_id in _asked(lacking, round_.now):
-        options, here = lacking[worker_id], instances_on(pool, worker_id)
+    moving = len(workers) > _ASKED_MAX
+    for worker_id in _asked(pool, model, workers, round_.now):
+        options, here = lacking(worker_id), instances_on(pool, worker_id)
         round_.cost += _HOLDER_COST * len(here)
         rests = []
         for short in options:
@@ -677,10 +723,15 @@ def _make_room(
     return pool, Shortage(f"waits for {names} to give way on {worker_id}", passing=True)
 
 
-def _asked(workers: Collection[str], now: float) -> list[str]:
-    """The workers where it is asked who may give way: all; of very many others each time."""
+def _asked(pool: Pool, model: Model, workers: Sequence[str], now: float) -> list[str]:
+    """The workers where it is asked who may give way: all; of very many others each time.
+
+    First where room is being made for it already: else others would give way elsewhere meanwhile.
+    """
+    begun = [worker_id for worker_id, alias in pool.kept_for.items() if alias == model.alias and worker_id in workers]
     first = int(now / _RECHECK_S) * _ASKED_MAX % max(1, len(workers))
-    return [*islice(workers, first, None), *islice(workers, first)][:_ASKED_MAX]
+    in_turn = [*workers[first : first + _ASKED_MAX], *workers[:first]][:_ASKED_MAX]
+    return [*begun, *(worker_id for worker_id in in_turn if worker_id not in begun)]
 
 
 def _keep_room(pool: Pool, worker_id: str, model: Model, round_: _Round) -> None:
@@ -818,13 +869,16 @@ def _swap_s(pool: Pool, instance: Instance) -> float:
     )
 
 
-def ever_fits(pool: Pool, model: Model, round_: _Round | None = None) -> bool:
+def ever_fits(pool: Pool, model: Model) -> bool:
     """Whether all wanted replicas would fit if nothing else ran on the workers that are there. True while none is."""
-    need, candidates = _need(pool, model), _candidates(pool, model, round_ or _Round(0.0, pool.ledgers))
-    replicas = max(1, scaling_of(pool.policy, model).min_replicas) if candidates else 0
-    if replicas == 1:
-        return any(isinstance(place(need, [_emptied(each)]), Placement) for each in candidates)
-    candidates = [_emptied(each) for each in candidates]
+    need, replicas = _need(pool, model), max(1, scaling_of(pool.policy, model).min_replicas)
+    there = [worker for worker in pool.workers.values() if worker.alive]
+    if not there:
+        return True
+    fitting = (each for worker in there if isinstance(place(need, [each := _emptied(pool, model, worker)]), Placement))
+    candidates = list(islice(fitting, replicas))
+    if len(candidates) == replicas:  # one on each
+        return True
     for _ in range(replicas):
         choice = place(need, candidates)
         if isinstance(choice, Refusal):
@@ -833,10 +887,14 @@ def ever_fits(pool: Pool, model: Model, round_: _Round | None = None) -> bool:
     return True
 
 
-def _emptied(candidate: Candidate) -> Candidate:
-    devices = tuple(replace(device, free_bytes=device.total_bytes) for device in candidate.devices)
-    host = replace(candidate.host, free_bytes=candidate.host.total_bytes) if candidate.host else None
-    return replace(candidate, devices=devices, host=host, replicas_here=0)
+def _emptied(pool: Pool, model: Model, worker: Worker) -> Candidate:
+    """The worker, as if nothing ran there."""
+    return Candidate(
+        worker_id=worker.worker_id,
+        devices=tuple(replace(device, free_bytes=device.total_bytes) for device in worker.devices),
+        host=replace(worker.host, free_bytes=worker.host.total_bytes) if worker.host and accelerated(worker) else None,
+        refusal=_refusal(pool, worker, model),
+    )
 
 
 def _less(candidate: Candidate, taken: Placement) -> Candidate:
@@ -905,27 +963,42 @@ def _need(pool: Pool, model: Model) -> Need:
     return replace(model.need(), host_bytes=int(slow(learned, What.HELD_ON_HOST_AWAKE, unknown=guess)))
 
 
-def _candidates(pool: Pool, model: Model, round_: _Round, failed: Instance | None = None) -> list[Candidate]:
-    """The workers that are alive. `failed` is to be started again: it holds nothing where it was."""
+def _find_place(
+    pool: Pool, model: Model, round_: _Round, *, failed: Instance | None = None, unless_kept: bool = False
+) -> Placement | Refusal:
+    """Where a replica is to be started: looked for where there may be room for it, on the workers that are alive.
+
+    `failed` is to be started again: it holds nothing where it was. `unless_kept`: not where room is kept for others.
+    """
     round_.cost += _WORKER_COST * len(pool.workers)
-    others = [each.worker_id for each in instances_of(pool, model.alias) if each is not failed]
-    avoided = failed.worker_id if failed and (failed.permanent or failed.failures >= _AVOIDED_AFTER) else ""
-    found = []
-    for worker in pool.workers.values():
-        if worker.alive:
-            books = _left_to(model.alias, pool, worker, round_)
-            found.append(
-                Candidate(
-                    worker_id=worker.worker_id,
-                    devices=books.devices,
-                    host=books.host,
-                    replicas_here=others.count(worker.worker_id),
-                    refusal=_refusal(pool, worker, model),
-                    avoid=worker.worker_id == avoided,
-                    has_files=model.source in worker.files,
-                )
-            )
-    return found
+    need = _need(pool, model)
+    there = [worker for worker in pool.workers.values() if worker.alive]
+    roomy = [worker for worker in there if round_.ledger(pool, worker).may_take(need)]
+    if not roomy:  # that it is refused is clear: why, by the workers that a refusal names
+        roomy = nlargest(NAMED_MAX, there, key=lambda worker: round_.ledger(pool, worker).most)
+    candidates = [_candidate(pool, model, worker, round_, failed) for worker in roomy]
+    if unless_kept:
+        candidates = [_unless_kept(each, round_) for each in candidates]
+    return place(need, candidates, others=len(there) - len(roomy))
+
+
+def _candidate(pool: Pool, model: Model, worker: Worker, round_: _Round, failed: Instance | None = None) -> Candidate:
+    books = _left_to(model.alias, pool, worker, round_)
+    mine = (each for each in instances_of(pool, model.alias) if each is not failed)
+    avoided = failed is not None and failed.worker_id == worker.worker_id
+    return Candidate(
+        worker_id=worker.worker_id,
+        devices=books.devices,
+        host=books.host,
+        replicas_here=sum(each.worker_id == worker.worker_id for each in mine),
+        refusal=_refusal(pool, worker, model),
+        avoid=failed is not None and avoided and (failed.permanent or failed.failures >= _AVOIDED_AFTER),
+        has_files=model.source in worker.files,
+    )
+
+
+def _alive_workers(pool: Pool) -> list[str]:
+    return [worker.worker_id for worker in pool.workers.values() if worker.alive]
 
 
 def _refusal(pool: Pool, worker: Worker, model: Model) -> str:
@@ -936,11 +1009,12 @@ def _refusal(pool: Pool, worker: Worker, model: Model) -> str:
 
 def next_deadline(pool: Pool) -> float | None:
     """When `Tick` is due although nothing else happens; None when time alone changes nothing."""
-    times: list[float] = [pool.recover_until] if pool.recovering else []
-    times += [worker.last_seen + pool.policy.heartbeat_timeout_s for worker in pool.workers.values() if worker.alive]
-    times += [worker.back_until for worker in pool.workers.values() if worker.back_until is not None]
-    times += [at + ORDER_RETRY_S for worker_id, at in pool.draining.items() if _is_empty(pool, worker_id)]
-    return min((*times, *pool.due.values()), default=None)
+    due = min(pool.due_first, pool.workers_due, pool.recover_until if pool.recovering else math.inf)
+    if pool.room_changed and pool.shortages:
+        due = min(due, _sought_again_at(pool))
+    told = [at + ORDER_RETRY_S for worker_id, at in pool.draining.items() if _is_empty(pool, worker_id)]
+    due = min([due, *told])
+    return None if due == math.inf else due
 
 
 def _due_at(pool: Pool, alias: str, now: float) -> float:
@@ -952,7 +1026,7 @@ def _due_at(pool: Pool, alias: str, now: float) -> float:
         unused = pool.demand[alias].asked_at + scaling_of(pool.policy, model).idle_sleep_1_s
         times += [unused] if unused > now else []
     for instance in instances_of(pool, alias):
-        if not _alive(pool, instance):
+        if not is_alive(pool, instance.worker_id):
             continue
         open_ = instance.stopping or not instance.acknowledged or instance.order is not Step.NONE
         if instance.ordered_at is not None and open_:
@@ -964,11 +1038,6 @@ def _due_at(pool: Pool, alias: str, now: float) -> float:
         if instance.retry_at is not None and wanted:
             times.append(instance.retry_at)
     return min(times)
-
-
-def _alive(pool: Pool, instance: Instance) -> bool:
-    worker = pool.workers.get(instance.worker_id)
-    return worker is not None and worker.alive
 
 
 def _due(since: float | None, after: float, now: float) -> bool:

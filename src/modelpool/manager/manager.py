@@ -14,12 +14,14 @@ import math
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec.structs import replace
 
 from modelpool import __version__
 from modelpool.core import pool as core
@@ -28,9 +30,11 @@ from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
 from modelpool.core.reconcile import Dismiss, Effect, Sleep, Start, Stop, Wake, next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
+from modelpool.manager.followers import Followers
 from modelpool.manager.keys import KeyRegister
 from modelpool.manager.lease import Lease
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
+from modelpool.manager.routing_table import RoutingTable
 from modelpool.manager.sharing import Sharing
 from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
@@ -39,7 +43,7 @@ from modelpool.messages.demand import DemandReport, node_of
 from modelpool.messages.dump import Dump, Loaded, StoredModel
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import CHANGEABLE, ModelSpec, changed, for_engine
-from modelpool.messages.routing import KEEPALIVE_S, Delta, ModelEntry, Snapshot, Update
+from modelpool.messages.routing import Delta, Snapshot, Update
 from modelpool.messages.workers import (
     Device,
     EngineStatus,
@@ -54,8 +58,11 @@ from modelpool.messages.workers import (
 
 log = logging.getLogger(__name__)
 
-_SUBSCRIBER_BACKLOG = 256
-_TELL_S = 0.5
+T = TypeVar("T")
+V = TypeVar("V")
+
+_VIEWS_AT_ONCE = 100
+
 _SHARE_S = 0.05
 """So often at most the nodes are told of each other."""
 _BACK_S = 1.0
@@ -142,7 +149,6 @@ class Manager:
         self._changed = asyncio.Event()
         self._acted = asyncio.Event()
         self._recovered = asyncio.Event()
-        self._followed = asyncio.Event()
         self._alone_until = 0.0
         self._recollection = Recollection(store)
         self._writing = asyncio.Lock()
@@ -152,13 +158,14 @@ class Manager:
         self._ordering: set[core.Key] = set()
         # Orders that came up while one about the same instance was under way.
         self._postponed: set[core.Key] = set()
-        self._published: dict[str, ModelEntry] | None = None
+        self._table = RoutingTable()
         self._sequence = 0
-        self._subscribers: dict[asyncio.Queue[Update], str] = {}
-        """Each with the gateway that it is for."""
+        # Models of which a worker has said something that only the gateways heed.
+        self._news: set[str] = set()
+        self._followers = Followers()
         self._sharing = Sharing()
         self._shared_at = -math.inf
-        self._keys = KeyRegister(store, tell=self._send)
+        self._keys = KeyRegister(store, tell=self._followers.tell)
 
     # ------------------------------------------------------------ its life
 
@@ -199,6 +206,8 @@ class Manager:
         while True:
             self._act_now()
             due = next_deadline(self._pool) if self.lease.valid else _now() + _NO_LEASE_S
+            if self._table.behind:
+                due = _now()
             try:
                 async with asyncio.timeout(None if due is None else max(0.01, due - _now())):
                     await self._changed.wait()
@@ -214,9 +223,9 @@ class Manager:
             self._pool, effects = reconcile(self._pool, now)
             for effect in effects:
                 self._own(self._order(effect))
-        if not self._pool.recovering:
-            self._recovered.set()
         self._publish()
+        if self._table.complete:
+            self._recovered.set()
 
     async def remember(self) -> None:
         """Keep what is learned, a few times a minute at most, until cancelled."""
@@ -327,12 +336,12 @@ class Manager:
 
     async def _order_stop(self, url: str, effect: Stop) -> None:
         log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
-        self._publish()  # no new request is sent to it from now on
+        self._publish(*self._alias_of(effect))  # no new request is sent to it from now on
         await self._client.stop(url, effect.instance, effect.drain_s)
 
     async def _order_sleep(self, url: str, effect: Sleep) -> None:
         log.info("sleep level %d for %s on %s: %s", effect.level, effect.instance, effect.worker_id, effect.reason)
-        self._publish()  # no new request is sent to it from now on
+        self._publish(*self._alias_of(effect))  # no new request is sent to it from now on
         await self._client.sleep(url, effect.instance, effect.level)
         self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
 
@@ -350,6 +359,10 @@ class Manager:
             if not error.refused:
                 raise
             await self.unregister_worker(info.worker_id, info.incarnation)
+
+    def _alias_of(self, effect: Effect) -> tuple[str, ...]:
+        instance = self._pool.instances.get((effect.worker_id, effect.instance))
+        return () if instance is None else (instance.alias,)
 
     async def _outlive(self, epoch: str) -> None:
         """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
@@ -433,8 +446,8 @@ class Manager:
         await self._recovered.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._alone_until - _now()):
-                await self._followed.wait()
-        await self._told_gateways()
+                await self._followers.came.wait()
+        await self._followers.told()
         return self._view(spec.alias)
 
     async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
@@ -444,7 +457,7 @@ class Manager:
             spec = changed(before, change)
             if spec != before:
                 await self._change(before, spec)
-                await self._told_gateways()
+                await self._followers.told()
         return self._view(alias)
 
     async def _change(self, before: ModelSpec, spec: ModelSpec) -> None:
@@ -463,16 +476,14 @@ class Manager:
             await self._store.remove_model(alias)
             self._forget_model(alias)
             self._act_now()
-            await self._told_gateways()  # no request that comes after the answer is served any more
+            await self._followers.told()  # no request that comes after the answer is served any more
             log.info("removed %s", alias)
 
     async def model(self, alias: str) -> ModelView:
         return self._view(alias)
 
     async def models(self) -> list[ModelView]:
-        known = self._known()
-        grouped = views.instances_by_alias(self._pool)
-        return [views.model_view(known, alias, instances) for alias, instances in sorted(grouped.items())]
+        return await _in_parts(partial(views.model_view, self._known_for_long()), sorted(self._pool.models))
 
     def _require(self, alias: str) -> None:
         if alias not in self._specs:
@@ -480,7 +491,7 @@ class Manager:
 
     def _view(self, alias: str) -> ModelView:
         self._require(alias)
-        return views.model_view(self._known(), alias, views.instances_by_alias(self._pool)[alias])
+        return views.model_view(self._known(), alias)
 
     async def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
         key = self._instance_key(alias)
@@ -522,7 +533,7 @@ class Manager:
         await self._reread()
         self._act_now()
         self._tell_all()
-        await self._told_gateways()
+        await self._followers.told()
         log.info("loaded %d models and %d keys of the cluster %s", len(models), len(keys), dump.cluster)
         return Loaded(models=tuple(each.spec.alias for each in models), keys=tuple(each.id for each in keys))
 
@@ -547,7 +558,7 @@ class Manager:
 
     async def make_key(self, spec: KeySpec) -> KeyMade:
         made = await self._keys.make(spec)
-        await self._told_gateways()
+        await self._followers.told()
         return made
 
     async def keys(self) -> list[KeyView]:
@@ -555,7 +566,7 @@ class Manager:
 
     async def revoke_key(self, id: str) -> KeyView:
         view = await self._keys.revoke(id)
-        await self._told_gateways()
+        await self._followers.told()
         return view
 
     # ------------------------------------------------------------ gateways
@@ -637,13 +648,15 @@ class Manager:
         return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
     def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat | WorkerDescription) -> None:
-        self._facts[info.worker_id] = views.WorkerFacts(
+        facts = views.WorkerFacts(
             info=info,
             devices=said.devices,
             host=said.host,
             engines=said.engines,
             reports={report.instance: report for report in said.instances},
         )
+        self._news |= facts.news_since(self._facts.get(info.worker_id))
+        self._facts[info.worker_id] = facts
         self._apply(
             core.WorkerReported(
                 worker_id=info.worker_id,
@@ -694,8 +707,8 @@ class Manager:
         return views.worker_view(self._known(), self._pool.workers[worker_id])
 
     async def workers(self) -> list[WorkerView]:
-        known = self._known()
-        return [views.worker_view(known, worker) for _, worker in sorted(self._pool.workers.items())]
+        workers = [worker for _, worker in sorted(self._pool.workers.items())]
+        return await _in_parts(partial(views.worker_view, self._known_for_long()), workers)
 
     def _watch(self, info: WorkerInfo, *, anew: bool = False) -> None:
         task = self._watches.get(info.worker_id)
@@ -736,68 +749,59 @@ class Manager:
     def _known(self) -> views.Known:
         return views.Known(pool=self._pool, specs=self._specs, facts=self._facts, now=_now())
 
-    def _publish(self) -> None:
-        """Send the gateways what changed. Nothing while recovering: what they have is better than half the truth."""
+    def _known_for_long(self) -> views.Known:
+        """The same, as it is now."""
+        return replace(self._known(), specs=dict(self._specs), facts=dict(self._facts))
+
+    def _publish(self, *first: str) -> None:
+        """Send the gateways what changed, of `first` before others. Nothing while recovering: what they have is better
+        than half the truth.
+        """
         if self._pool.recovering:
             return
-        known = self._known()
-        entries = {
-            alias: views.entry(known, alias, instances)
-            for alias, instances in views.instances_by_alias(self._pool).items()
-        }
-        before, self._published = self._published, entries
-        if before is None:
+        news = [*first, *self._news, *self._pool.news]
+        self._news.clear()
+        self._pool = replace(self._pool, news=frozenset())
+        known_before = self._table.complete
+        changed, removed = self._table.refresh(self._known(), news)
+        if self._table.complete and (changed or removed or not known_before):
             self._sequence += 1
-            self._send(self._snapshot())
-            return
-        changed = {alias: entry for alias, entry in entries.items() if before.get(alias) != entry}
-        removed = tuple(alias for alias in before if alias not in entries)
-        if changed or removed:
-            self._sequence += 1
-            self._send(Delta(epoch=self._store.epoch, sequence=self._sequence, changed=changed, removed=removed))
+            self._followers.tell(
+                Delta(epoch=self._store.epoch, sequence=self._sequence, changed=changed, removed=removed)
+                if known_before
+                else self._snapshot()
+            )
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(epoch=self._store.epoch, sequence=self._sequence, models=dict(self._published or {}))
+        return Snapshot(epoch=self._store.epoch, sequence=self._sequence, models=dict(self._table.entries))
+
+    def _whole(self) -> Iterator[Update]:
+        """All that a gateway is to know."""
+        yield self._keys.update()
+        if self._table.complete:
+            yield self._snapshot()
 
     def _tell_all(self) -> None:
         """Send the gateways all of it anew."""
-        self._send(self._keys.update())
-        if self._published is not None:
+        if self._table.complete:
             self._sequence += 1
-            self._send(self._snapshot())
-
-    def _send(self, update: Update, to: Collection[asyncio.Queue[Update]] | None = None) -> None:
-        for queue in list(self._subscribers if to is None else to):
-            try:
-                queue.put_nowait(update)
-            except asyncio.QueueFull:
-                self._subscribers.pop(queue, None)  # it sees no more keepalives, and asks for a new snapshot
+        for update in self._whole():
+            self._followers.tell(update)
 
     async def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
         await self._outlive(epoch)
-        queue: asyncio.Queue[Update] = asyncio.Queue(_SUBSCRIBER_BACKLOG)
-        self._subscribers[queue] = gateway
-        self._sharing.join(gateway)
-        self._tell_of_others()
-        whole: list[Update] = [self._keys.update(), *_taken(queue)]  # what it may use, before it serves anybody
-        if self._published is not None:
-            whole.append(self._snapshot())
+
+        def whole() -> Iterator[Update]:
+            self._sharing.join(gateway)
+            self._tell_of_others()
+            return self._whole()
+
         try:
-            for update in whole:
-                yield update
-            self._followed.set()
-            while queue in self._subscribers or not queue.empty():
-                try:
-                    async with asyncio.timeout(KEEPALIVE_S):
-                        update = await queue.get()
-                except TimeoutError:
-                    yield None
-                else:
+            async with aclosing(self._followers.follow(gateway, whole)) as updates:
+                async for update in updates:
                     yield update
-                    queue.task_done()
         finally:
-            self._subscribers.pop(queue, None)
-            if gateway and gateway not in self._subscribers.values():
+            if gateway and gateway not in self._followers.names:
                 self._apply(core.GatewayGone(gateway))
                 self._sharing.leave(gateway)
                 self._tell_of_others()
@@ -807,23 +811,17 @@ class Manager:
         self._shared_at = _now()
         base = number_of(self._store.epoch) << 32
         for node, others in self._sharing.news(self._keys.limits, self._store.epoch, base, _now()):
-            self._send(others, to={queue for queue, name in self._subscribers.items() if node_of(name) == node})
-
-    async def _told_gateways(self) -> None:
-        """Wait until what was published is on its way to every gateway; not long for one that reads nothing."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_TELL_S):
-                for queue in list(self._subscribers):
-                    await queue.join()
+            self._followers.tell(others, {name for name in self._followers.names if node_of(name) == node})
 
 
-def _taken(queue: asyncio.Queue[Update]) -> list[Update]:
-    """All that is in the queue now."""
-    taken = []
-    while not queue.empty():
-        taken.append(queue.get_nowait())
-        queue.task_done()
-    return taken
+async def _in_parts(view: Callable[[T], V], of: Sequence[T]) -> list[V]:
+    """A view of each, with room for others in between."""
+    views_ = []
+    for number, each in enumerate(of, start=1):
+        views_.append(view(each))
+        if number % _VIEWS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return views_
 
 
 def _now() -> float:

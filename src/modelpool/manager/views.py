@@ -12,7 +12,7 @@ from modelpool.core.availability import is_routed, on_its_way
 from modelpool.core.learned import ANYWHERE, WAKE, What, slow
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.outgoing import why_outgoing
-from modelpool.core.pool import Instance, Key, Pool, Worker, instances_on, key_of
+from modelpool.core.pool import Instance, Key, Pool, Worker, instances_of, instances_on, key_of
 from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
 from modelpool.manager.outlook import leaves, outlook
 from modelpool.messages.admin import InstanceView, LearnedView, ModelView, WorkerView
@@ -35,6 +35,11 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
     engines: Mapping[str, EngineStatus] = {}
     reports: Mapping[str, InstanceReport] = {}
 
+    def news_since(self, before: WorkerFacts | None) -> set[str]:
+        """The models of which it says something new."""
+        known = before.reports if before and before.info == self.info else {}
+        return {each.model.alias for each in self.reports.values() if known.get(each.instance) != each}
+
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
     """All that views are made of."""
@@ -49,20 +54,15 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
         return facts.reports.get(key[1]) if facts else None
 
 
-def instances_by_alias(pool: Pool) -> dict[str, list[Instance]]:
-    """The instances of every registered model, in the order of their numbers."""
-    grouped: dict[str, list[Instance]] = {alias: [] for alias in pool.models}
-    for instance in pool.instances.values():
-        if instance.alias in grouped:
-            grouped[instance.alias].append(instance)
-    for alias, instances in grouped.items():
-        instances.sort(key=lambda each: (replica_number(each.instance, alias), each.worker_id))
-    return grouped
+def _in_order(pool: Pool, alias: str) -> list[Instance]:
+    """The instances of a model, in the order of their numbers."""
+    mine = instances_of(pool, alias)
+    return sorted(mine, key=lambda each: (replica_number(each.instance, alias), each.worker_id))
 
 
-def entry(known: Known, alias: str, instances: list[Instance]) -> ModelEntry:
+def entry(known: Known, alias: str) -> ModelEntry:
     """A model as the gateways see it."""
-    model = known.pool.models[alias]
+    model, instances = known.pool.models[alias], _in_order(known.pool, alias)
     current = [each for each in instances if is_routed(known.pool, each)]
     routes = tuple(route for each in current if (route := _route(known, each)))
     reports = [report for each in current if (report := known.report(key_of(each)))]
@@ -107,7 +107,14 @@ def _unavailable(known: Known, alias: str, instances: list[Instance]) -> Unavail
     )
 
 
-def _workers_missing(pool: Pool) -> str:
+def passes(known: Known, alias: str) -> bool:
+    """Whether its entry changes as time passes: by how long it is to be waited for."""
+    mine = instances_of(known.pool, alias)
+    return any(each.retry_at is not None or each.state in _COMING for each in mine)
+
+
+def workers_missing(pool: Pool) -> str:
+    """Why no worker is there, where none is."""
     if pool.recovering:
         return f"the manager has just started, and awaits {', '.join(sorted(pool.awaited))}"
     if not pool.workers:
@@ -144,7 +151,7 @@ def reason(known: Known, alias: str, instances: list[Instance]) -> str:
     if any(each.state is InstanceState.ACTIVE and not each.stopping for each in instances):
         return ""
     if not any(worker.alive for worker in known.pool.workers.values()):
-        return f"no worker is there: {_workers_missing(known.pool)}"
+        return f"no worker is there: {workers_missing(known.pool)}"
     failed = [each for each in instances if each.failures and each.reason]
     if failed:
         worst = max(failed, key=lambda each: (each.permanent, each.failures))
@@ -182,9 +189,9 @@ _BEST_FIRST = (
 )
 
 
-def model_view(known: Known, alias: str, instances: list[Instance]) -> ModelView:
+def model_view(known: Known, alias: str) -> ModelView:
     """A model as people see it. Without instances it is UNLOADED: registered, and run by nothing."""
-    model = known.pool.models[alias]
+    model, instances = known.pool.models[alias], _in_order(known.pool, alias)
     wanted = replicas_wanted(known.pool, model)
     states = {each.state for each in instances if not each.stopping}
     leaving = {key_of(each): why_outgoing(known.pool, each) for each in instances}
@@ -280,7 +287,7 @@ def worker_view(known: Known, worker: Worker) -> WorkerView:
         devices=facts.devices,
         host=facts.host,
         engines=dict(facts.engines),
-        instances=tuple(name for worker_id, name in sorted(known.pool.instances) if worker_id == worker.worker_id),
+        instances=tuple(sorted(name for _, name in known.pool.on_worker.get(worker.worker_id, ()))),
         draining=worker.worker_id in known.pool.draining,
         drain=tuple(_drain(known, worker)) if worker.worker_id in known.pool.draining else (),
     )

@@ -171,7 +171,7 @@ class Simulation:
         self._steps += 1
         pool = apply(self._pool, event, now)
         changed = pool.touched
-        self._pool, effects = reconcile(pool, now)
+        self._pool, effects = reconcile(msgspec.structs.replace(pool, news=frozenset()), now)
         for effect in effects:
             self._swaps += isinstance(effect, (Stop, Sleep)) and effect.reason.startswith(SWAP)
             self._clock.after(HOP_S, partial(self._order, effect))
