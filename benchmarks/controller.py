@@ -41,6 +41,7 @@ from modelpool.manager.routing_table import RoutingTable
 from modelpool.manager.views import Known, WorkerFacts
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.workers import Address, InstanceReport, WorkerInfo
+from modelpool.process import calm_collector
 from modelpool.simulator.clock import Clock
 from modelpool.simulator.engine import Engine
 from modelpool.simulator.machine import Machine, Tally
@@ -281,6 +282,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1_000)
     parser.add_argument("--seconds", type=float, default=60.0, help="of virtual time")
     options = parser.parse_args()
+    calm_collector()  # as the manager does
     took = measured(options.models, options.workers, options.seconds)
     print(f"{options.models:,} models on {options.workers:,} workers of {DEVICES} devices; milliseconds a step")
     print(f"{'':30}{'steps':>8}{'p50':>8}{'p99':>8}{'max':>8}")

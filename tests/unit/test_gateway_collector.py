@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from modelpool.gateway.__main__ import calm_collector
+from modelpool.process import calm_collector
 
 
 @pytest.fixture

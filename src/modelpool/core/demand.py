@@ -35,15 +35,15 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def waiting(self) -> int:
-        return sum(seen.waiting for seen in self.gateways.values())
+        return sum([seen.waiting for seen in self.gateways.values()])
 
     def inflight(self, instance: str) -> int:
-        return sum(seen.inflight.get(instance, 0) for seen in self.gateways.values())
+        return sum([seen.inflight.get(instance, 0) for seen in self.gateways.values()])
 
     @property
     def total(self) -> int:
         """All that is in flight."""
-        return sum(sum(seen.inflight.values()) for seen in self.gateways.values())
+        return sum([sum(seen.inflight.values()) for seen in self.gateways.values()])
 
     @property
     def busy(self) -> bool:
@@ -55,7 +55,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
     def mean_at(self, now: float, over_s: float) -> float:
         """All that is in flight, averaged over about `over_s`."""
-        return self.total + (self.mean_inflight - self.total) * math.exp(-max(0.0, now - self.rated_at) / over_s)
+        total = self.total
+        return total + (self.mean_inflight - total) * math.exp(-max(0.0, now - self.rated_at) / over_s)
 
     def chance(self, within_s: float, now: float) -> float:
         """Of a request within so many seconds, if they go on coming as they did lately; 1 while any is there."""

@@ -47,13 +47,13 @@ _RECHECK_S = 1.0
 _MINUTE_S = 60.0
 _START_GUESS_S = 10.0
 _TURN_FACTOR = 4.0
-# What a round costs is counted in looks at a model, 50 µs each on a busy machine, so that it takes some 30 ms.
-_COST_MAX = 600.0
+# What a round costs is counted in looks at a model, 50 µs each on a busy machine, so that it takes some 15 ms.
+_COST_MAX = 300.0
 _LOOK_COST = 1.0
 _ORDER_COST = 10.0
 _WORKER_COST = 0.03
 _HOLDER_COST = 1.0
-_SORTED_MAX = 1000
+_SORTED_MAX = 500
 """So many models are considered in one round."""
 _SOUGHT_AT_ONCE = 200
 _SOUGHT_PER_S = 5000.0
@@ -363,7 +363,8 @@ def _outgoing(pool: Pool, model: Model) -> list[Instance]:
 
 def _with_successors(pool: Pool, model: Model, now: float) -> ScalingPolicy:
     """The policy, with as many replicas to be kept as are needed in the place of those that go."""
-    scaling, outgoing = scaling_of(pool.policy, model), [each for each in _outgoing(pool, model) if is_up(each)]
+    scaling = scaling_of(pool.policy, model)
+    outgoing = [each for each in _outgoing(pool, model) if is_up(each)]
     if not outgoing or not _is_used(pool, model, now):
         return scaling
     return replace(scaling, min_replicas=_needed(pool, model, outgoing))
@@ -377,8 +378,9 @@ def _needed(pool: Pool, model: Model, outgoing: Iterable[Instance]) -> int:
 
 def _is_succeeded(pool: Pool, model: Model) -> bool:
     """Whether another one is to come up, where there is room, in the place of what goes; a sleeper is moved so."""
-    outgoing = [each for each in _outgoing(pool, model) if not has_failed(each)]
-    return any(map(is_up, outgoing)) or (bool(outgoing) and not _usable(pool, model))
+    if not (outgoing := [each for each in _outgoing(pool, model) if not has_failed(each)]):
+        return False
+    return any(map(is_up, outgoing)) or not _usable(pool, model)
 
 
 def _is_used(pool: Pool, model: Model, now: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import resource
 import signal
@@ -32,8 +31,6 @@ FIRST_SNAPSHOT_S = 2.0
 _DESCRIPTORS_SPARE = 512
 """For those who wait, connections that idle, the manager, the log."""
 _DESCRIPTORS_MAX = 1 << 20
-_COLLECT = 5_000, 10, 100
-"""The young objects' collection takes 1 ms, the next one's 10 ms; a full one comes after five million new objects."""
 
 
 def main() -> int:
@@ -70,7 +67,7 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         limits = Limits(body_bytes=gateway.max_body_bytes)
         async with listening(sock, parts.app, limits, grace_s=GRACE_S, tls=tls) as listener:
             background.append(tasks.create_task(parts.observers.keep_saying(parts.feed, listener)))
-            calm_collector()
+            process.calm_collector()
             process.announce(process.Ready(url_of(sock, gateway.scheme)))
             await ending.wait()
             log.info("ending")
@@ -91,17 +88,6 @@ def ending_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, first)
     return ending
-
-
-def calm_collector() -> None:
-    """Have cycles looked for rarely: a full look at nine thousand streams stops them all for a quarter of a second.
-
-    What is there by now stays for good and is looked at no more. Requests and connections leave no cycles behind,
-    unless they fail.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_COLLECT)
 
 
 def raise_descriptor_limit() -> None:

@@ -51,6 +51,7 @@ async def serve(settings: Settings, home: Home, holder: Holder) -> None:
             token = settings.token or home.cluster_token()
             tcp = bind_tcp(settings.manager.host, settings.manager.port, flag="--manager-port", variable="MANAGER_PORT")
             servers.append((Server(TokenGuard(app, token=token)), tcp))
+        process.calm_collector()
         await _serve_all(servers, ending, url=f"unix:{home.control_socket}")
 
 
