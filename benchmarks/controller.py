@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from modelpool.core.demand import Demand, Seen
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Start
 from modelpool.core.pool import (
     DemandHeard,
     Event,
@@ -35,7 +36,7 @@ from modelpool.core.pool import (
     WorkerReported,
     apply,
 )
-from modelpool.core.reconcile import Effect, Start, next_deadline, reconcile
+from modelpool.core.reconcile import next_deadline, reconcile
 from modelpool.core.scaling import ScalingPolicy
 from modelpool.manager.routing_table import RoutingTable
 from modelpool.manager.views import Known, WorkerFacts

@@ -11,6 +11,7 @@ import msgspec
 
 from modelpool.core.demand import Seen
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Sleep, Start, Stop
 from modelpool.core.placement import GB
 from modelpool.core.pool import (
     DemandHeard,
@@ -25,7 +26,7 @@ from modelpool.core.pool import (
     Tick,
     WorkerReported,
 )
-from modelpool.core.reconcile import Effect, Sleep, Start, Stop, next_deadline, step
+from modelpool.core.reconcile import next_deadline, step
 
 S = InstanceState
 _LEVELS = {1: S.SLEEP_1, 2: S.SLEEP_2}

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from modelpool.core.demand import Seen
 from modelpool.core.ledger import ledger
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
 from modelpool.core.placement import GB
 from modelpool.core.pool import (
     DemandHeard,
@@ -27,7 +28,7 @@ from modelpool.core.pool import (
     apply,
     instances_on,
 )
-from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, reconcile, step
+from modelpool.core.reconcile import reconcile, step
 from modelpool.core.scaling import ScalingPolicy
 
 S = InstanceState

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from modelpool.core.demand import Seen
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
 from modelpool.core.placement import GB, HOST, Other
 from modelpool.core.pool import (
     DemandHeard,
@@ -32,7 +33,7 @@ from modelpool.core.pool import (
     WorkerReported,
     apply,
 )
-from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake, reconcile
+from modelpool.core.reconcile import reconcile
 from tests.unit import controller
 
 S = InstanceState

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from modelpool.core.demand import Seen
 from modelpool.core.learned import What
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import ORDER_RETRY_S, Effect, Sleep, Start, Stop
 from modelpool.core.placement import GB
 from modelpool.core.pool import (
     DemandHeard,
@@ -22,7 +23,7 @@ from modelpool.core.pool import (
     Tick,
     WorkerReported,
 )
-from modelpool.core.reconcile import ORDER_RETRY_S, Effect, Sleep, Start, Stop, next_deadline
+from modelpool.core.reconcile import next_deadline
 from tests.unit.controller import (
     POLICY,
     TOTAL,

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
 from modelpool.core.placement import GB
 from modelpool.core.pool import Model, Policy
-from modelpool.core.reconcile import Effect, Sleep, Start, Stop, Wake
 from modelpool.core.scaling import ScalingPolicy
 from tests.controller_world import World
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import ORDER_RETRY_S, Dismiss, Effect, Start, Stop
 from modelpool.core.placement import GB
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
@@ -32,17 +33,9 @@ from modelpool.core.pool import (
     WorkerLeft,
     WorkerReported,
 )
-from modelpool.core.reconcile import (
-    ORDER_RETRY_S,
-    Dismiss,
-    Effect,
-    Start,
-    Stop,
-    ever_fits,
-    free_name,
-    next_deadline,
-    step,
-)
+from modelpool.core.reconcile import next_deadline, step
+from modelpool.core.replicas import free_name
+from modelpool.core.room import ever_fits
 from tests.unit.controller import checked_step
 
 S = InstanceState

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from modelpool.core.availability import on_its_way
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Sleep
 from modelpool.core.placement import GB, HOST
 from modelpool.core.pool import (
     Device,
@@ -19,7 +20,7 @@ from modelpool.core.pool import (
     Tick,
     WorkerReported,
 )
-from modelpool.core.reconcile import Effect, Sleep, next_deadline
+from modelpool.core.reconcile import next_deadline
 from tests.unit import controller
 from tests.unit.controller import asked, model, play
 

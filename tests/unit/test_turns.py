@@ -7,9 +7,9 @@ import random
 
 import pytest
 
+from modelpool.core.orders import Start, Wake
 from modelpool.core.placement import GB
 from modelpool.core.pool import Model, Policy
-from modelpool.core.reconcile import Start, Wake
 from tests.controller_world import Client, Costs, World
 from tests.swaps import first_come_first_served
 

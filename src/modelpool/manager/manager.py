@@ -27,7 +27,8 @@ from modelpool import __version__
 from modelpool.core import pool as core
 from modelpool.core.demand import Seen
 from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
-from modelpool.core.reconcile import Dismiss, Effect, Sleep, Start, Stop, Wake, next_deadline, reconcile
+from modelpool.core.orders import Dismiss, Effect, Sleep, Start, Stop, Wake
+from modelpool.core.reconcile import next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
 from modelpool.manager.followers import Followers

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from modelpool.core.giving_way import turn_s
 from modelpool.core.learned import ANYWHERE, WAKE, Learned, What, expected
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.outgoing import why_outgoing
 from modelpool.core.pool import Instance, Model, Pool
-from modelpool.core.reconcile import scaling_of, turn_s
+from modelpool.core.replicas import scaling_of
 from modelpool.core.scaling import Later, Step, Wish
 
 _S = InstanceState

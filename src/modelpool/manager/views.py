@@ -13,7 +13,8 @@ from modelpool.core.learned import ANYWHERE, WAKE, What, slow
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.outgoing import why_outgoing
 from modelpool.core.pool import Instance, Key, Pool, Worker, instances_of, instances_on, key_of
-from modelpool.core.reconcile import ever_fits, replica_number, replicas_wanted
+from modelpool.core.replicas import replica_number, replicas_wanted
+from modelpool.core.room import ever_fits
 from modelpool.manager.outlook import leaves, outlook
 from modelpool.messages.admin import InstanceView, LearnedView, ModelView, WorkerView
 from modelpool.messages.models import ModelSpec

@@ -14,6 +14,7 @@ import msgspec
 from modelpool.core.admission import Admission, Bounds, State, Ticket
 from modelpool.core.availability import is_routed, on_its_way
 from modelpool.core.demand import Seen
+from modelpool.core.orders import Effect, Sleep, Start, Stop
 from modelpool.core.pool import (
     DemandHeard,
     Event,
@@ -25,7 +26,7 @@ from modelpool.core.pool import (
     apply,
     instances_of,
 )
-from modelpool.core.reconcile import Effect, Sleep, Start, Stop, next_deadline, reconcile
+from modelpool.core.reconcile import next_deadline, reconcile
 from modelpool.core.routing.choice import least_loaded
 from modelpool.simulator.clock import Clock
 from modelpool.simulator.engine import Engine
