@@ -19,23 +19,22 @@ from itertools import cycle
 
 from msgspec.structs import replace
 
+from modelpool.core.changes import apply
 from modelpool.core.demand import Demand, Seen
-from modelpool.core.lifecycle import InstanceState
-from modelpool.core.orders import Effect, Start
-from modelpool.core.pool import (
+from modelpool.core.events import (
     DemandHeard,
     Event,
     GatewayGone,
     ModelRegistered,
     ModelRemoved,
     OrderAnswered,
-    Policy,
-    Pool,
     Tick,
     WorkerGone,
     WorkerReported,
-    apply,
 )
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Start
+from modelpool.core.pool import Policy, Pool
 from modelpool.core.reconcile import next_deadline, reconcile
 from modelpool.core.scaling import ScalingPolicy
 from modelpool.manager.routing_table import RoutingTable

@@ -10,22 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 
 from modelpool.core.demand import Seen
+from modelpool.core.events import DemandHeard, Event, ModelRegistered, OrderAnswered, Report, Tick, WorkerReported
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.orders import Effect, Sleep, Start, Stop
 from modelpool.core.placement import GB
-from modelpool.core.pool import (
-    DemandHeard,
-    Device,
-    Event,
-    Model,
-    ModelRegistered,
-    OrderAnswered,
-    Policy,
-    Pool,
-    Report,
-    Tick,
-    WorkerReported,
-)
+from modelpool.core.pool import Device, Model, Policy, Pool
 from modelpool.core.reconcile import next_deadline, step
 
 S = InstanceState

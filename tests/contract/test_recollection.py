@@ -8,9 +8,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from modelpool.core.changes import apply
+from modelpool.core.events import ModelRegistered, ModelRemoved, Report, WorkerReported
 from modelpool.core.learned import Learned, What, learn
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.pool import Model, ModelRegistered, ModelRemoved, Pool, Report, WorkerReported, apply
+from modelpool.core.pool import Model, Pool
 from modelpool.manager.recollection import Recollection
 from modelpool.messages.models import ModelSpec
 from tests.stores import held

@@ -9,25 +9,14 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from modelpool.core.changes import apply
 from modelpool.core.demand import Seen
+from modelpool.core.events import DemandHeard, Event, ModelChanged, ModelRegistered, Report, WorkerReported
 from modelpool.core.ledger import ledger
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
 from modelpool.core.placement import GB
-from modelpool.core.pool import (
-    DemandHeard,
-    Device,
-    Event,
-    Model,
-    ModelChanged,
-    ModelRegistered,
-    Policy,
-    Pool,
-    Report,
-    WorkerReported,
-    apply,
-    instances_on,
-)
+from modelpool.core.pool import Device, Model, Policy, Pool, instances_on
 from modelpool.core.reconcile import reconcile, step
 from modelpool.core.scaling import ScalingPolicy
 

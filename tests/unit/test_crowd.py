@@ -13,26 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from modelpool.core.changes import apply
 from modelpool.core.demand import Seen
-from modelpool.core.lifecycle import InstanceState
-from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
-from modelpool.core.placement import GB, HOST, Other
-from modelpool.core.pool import (
+from modelpool.core.events import (
     DemandHeard,
-    Device,
     Event,
-    Key,
-    Model,
     ModelChanged,
     ModelRegistered,
     OrderAnswered,
     OrderRefused,
-    Pool,
     Report,
     Tick,
     WorkerReported,
-    apply,
 )
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
+from modelpool.core.placement import GB, HOST, Other
+from modelpool.core.pool import Device, Key, Model, Pool
 from modelpool.core.reconcile import reconcile
 from tests.unit import controller
 

@@ -7,22 +7,21 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from modelpool.core.demand import Seen
-from modelpool.core.learned import What
-from modelpool.core.lifecycle import InstanceState
-from modelpool.core.orders import ORDER_RETRY_S, Effect, Sleep, Start, Stop
-from modelpool.core.placement import GB
-from modelpool.core.pool import (
+from modelpool.core.events import (
     DemandHeard,
-    Device,
     Event,
     ModelRegistered,
     OrderAnswered,
     OrderRefused,
-    Pool,
     Report,
     Tick,
     WorkerReported,
 )
+from modelpool.core.learned import What
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import ORDER_RETRY_S, Effect, Sleep, Start, Stop
+from modelpool.core.placement import GB
+from modelpool.core.pool import Device, Pool
 from modelpool.core.reconcile import next_deadline
 from tests.unit.controller import (
     POLICY,

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from modelpool.core.events import ModelRegistered, OrderAnswered, Tick, WorkerGone, WorkerLeft
 from modelpool.core.learned import (
     ANYWHERE,
     REMEMBERED,
@@ -23,7 +24,7 @@ from modelpool.core.learned import (
 )
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.placement import GB
-from modelpool.core.pool import ModelRegistered, OrderAnswered, Pool, Tick, WorkerGone, WorkerLeft, at_rest
+from modelpool.core.pool import Pool, at_rest
 from tests.unit.controller import POLICY, asked, heard, model, play, report, told, up
 
 S = InstanceState

@@ -9,22 +9,22 @@ from msgspec.structs import replace
 
 from modelpool.core.availability import is_routed
 from modelpool.core.demand import Demand, Seen
-from modelpool.core.lifecycle import InstanceState
-from modelpool.core.orders import ORDER_RETRY_S, Dismiss, Effect, Sleep, Stop
-from modelpool.core.outgoing import UNHURRIED_S, needed
-from modelpool.core.pool import (
+from modelpool.core.events import (
     DemandHeard,
     DrainBegun,
     DrainCancelled,
     ModelRegistered,
     ModelReplaced,
     OrderAnswered,
-    Pool,
     Report,
     Tick,
     WorkerGone,
     WorkerLeft,
 )
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import ORDER_RETRY_S, Dismiss, Effect, Sleep, Stop
+from modelpool.core.outgoing import UNHURRIED_S, needed
+from modelpool.core.pool import Pool
 from modelpool.core.scaling import Replica, ScalingPolicy
 from tests.unit.test_pool import POLICY, heard, model, play, report, started, stopped
 

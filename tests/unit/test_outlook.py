@@ -6,9 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from modelpool.core.demand import Seen
+from modelpool.core.events import DemandHeard, ModelRegistered
 from modelpool.core.learned import What, learn
 from modelpool.core.lifecycle import InstanceState
-from modelpool.core.pool import DemandHeard, ModelRegistered, Pool
+from modelpool.core.pool import Pool
 from modelpool.manager.outlook import in_words, outlook
 from tests.unit.controller import asked, changed, heard, model, play, report, serving, up
 

@@ -9,30 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from modelpool.core.lifecycle import InstanceState
-from modelpool.core.orders import ORDER_RETRY_S, Dismiss, Effect, Start, Stop
-from modelpool.core.placement import GB
-from modelpool.core.pool import (
-    UNWANTED_GRACE_S,
-    WORKER_BACK_S,
-    Device,
+from modelpool.core.changes import WORKER_BACK_S
+from modelpool.core.events import (
     DrainBegun,
     DrainCancelled,
     Event,
-    Model,
     ModelRegistered,
     ModelRemoved,
     ModelReplaced,
     OrderAnswered,
     OrderRefused,
-    Policy,
-    Pool,
     Report,
     Tick,
     WorkerGone,
     WorkerLeft,
     WorkerReported,
 )
+from modelpool.core.lifecycle import InstanceState
+from modelpool.core.orders import ORDER_RETRY_S, Dismiss, Effect, Start, Stop
+from modelpool.core.placement import GB
+from modelpool.core.pool import UNWANTED_GRACE_S, Device, Model, Policy, Pool
 from modelpool.core.reconcile import next_deadline, step
 from modelpool.core.replicas import free_name
 from modelpool.core.room import ever_fits

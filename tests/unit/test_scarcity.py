@@ -8,18 +8,11 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from modelpool.core.availability import on_its_way
+from modelpool.core.events import ModelRegistered, OrderRefused, Report, Tick, WorkerReported
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.orders import Effect, Sleep
 from modelpool.core.placement import GB, HOST
-from modelpool.core.pool import (
-    Device,
-    ModelRegistered,
-    OrderRefused,
-    Pool,
-    Report,
-    Tick,
-    WorkerReported,
-)
+from modelpool.core.pool import Device, Pool
 from modelpool.core.reconcile import next_deadline
 from tests.unit import controller
 from tests.unit.controller import asked, model, play

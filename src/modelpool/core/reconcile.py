@@ -10,6 +10,8 @@ from heapq import nsmallest
 
 from msgspec.structs import replace
 
+from modelpool.core.changes import apply
+from modelpool.core.events import Event
 from modelpool.core.giving_way import ASKED_MAX, RECHECK_S, START_GUESS_S, make_room
 from modelpool.core.learned import What, typical
 from modelpool.core.lifecycle import InstanceState
@@ -29,11 +31,9 @@ from modelpool.core.orders import (
 from modelpool.core.placement import Placement, Refusal, gb
 from modelpool.core.pool import (
     UNWANTED_GRACE_S,
-    Event,
     Instance,
     Model,
     Pool,
-    apply,
     change,
     has_failed,
     instances_of,

@@ -24,7 +24,9 @@ import msgspec
 from msgspec.structs import replace
 
 from modelpool import __version__
+from modelpool.core import events
 from modelpool.core import pool as core
+from modelpool.core.changes import apply
 from modelpool.core.demand import Seen
 from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
 from modelpool.core.orders import Dismiss, Effect, Sleep, Start, Stop, Wake
@@ -179,17 +181,17 @@ class Manager:
         self._ask_until = now + _ASKED_FOR * recovery_s
         self._pool = core.Pool(policy=policy, awaited=frozenset(self._awaited), recover_until=now + recovery_s)
         for worker_id in await self._store.draining():
-            self._pool = core.apply(self._pool, core.DrainBegun(worker_id), now)
+            self._pool = apply(self._pool, events.DrainBegun(worker_id), now)
         self._alone_until = now + _BACK_S if self._awaited else now
         experience = await self._recollection.recall()
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
             model = _model(stored)
             key, learned, resting = experience.get(model.alias, ("", {}, False))
-            known = core.ModelRegistered(model)
+            known = events.ModelRegistered(model)
             if key == model.key:
-                known = core.ModelRegistered(model, learned, resting)
-            self._pool = core.apply(self._pool, known, now)
+                known = events.ModelRegistered(model, learned, resting)
+            self._pool = apply(self._pool, known, now)
         log.info("epoch %s: %d models, %d workers awaited", self._store.epoch, len(self._specs), len(self._awaited))
 
     def attach(self, tasks: asyncio.TaskGroup) -> None:
@@ -217,7 +219,7 @@ class Manager:
 
     def _act_now(self) -> None:
         now = _now()
-        self._pool = core.apply(self._pool, core.Tick(), now)
+        self._pool = apply(self._pool, events.Tick(), now)
         self._changed.clear()
         self._acted.set()
         if self.lease.valid:
@@ -267,8 +269,8 @@ class Manager:
         else:
             self._kept = {**now}
 
-    def _apply(self, event: core.Event) -> None:
-        self._pool = core.apply(self._pool, event, _now())
+    def _apply(self, event: events.Event) -> None:
+        self._pool = apply(self._pool, event, _now())
         self._changed.set()
 
     def _own(self, coroutine: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
@@ -290,7 +292,7 @@ class Manager:
             self._postponed.add(key)
             return
         if not self.lease.valid:
-            self._apply(core.OrderPostponed(key))
+            self._apply(events.OrderPostponed(key))
             return
         self._ordering.add(key)
         try:
@@ -307,7 +309,7 @@ class Manager:
                     await self._dismiss(facts.info)
         except OrderFailed as error:
             log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
-            self._apply(core.OrderRefused(key, str(error), permanent=error.permanent))
+            self._apply(events.OrderRefused(key, str(error), permanent=error.permanent))
         except WorkerUnreachable as error:
             log.warning("%s: an order about %s got no answer: %s", effect.worker_id, effect.instance, error)
         except Exception:
@@ -316,7 +318,7 @@ class Manager:
             self._ordering.discard(key)
             if key in self._postponed:
                 self._postponed.discard(key)
-                self._apply(core.OrderPostponed(key))
+                self._apply(events.OrderPostponed(key))
 
     async def _order_start(self, url: str, effect: Start) -> None:
         spec = self._specs.get(effect.alias)
@@ -333,7 +335,7 @@ class Manager:
             memory_bytes=instance.memory_bytes if sized else 0,
         )
         await self._client.start(url, order)
-        self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
+        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
 
     async def _order_stop(self, url: str, effect: Stop) -> None:
         log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
@@ -344,12 +346,12 @@ class Manager:
         log.info("sleep level %d for %s on %s: %s", effect.level, effect.instance, effect.worker_id, effect.reason)
         self._publish(*self._alias_of(effect))  # no new request is sent to it from now on
         await self._client.sleep(url, effect.instance, effect.level)
-        self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
+        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
 
     async def _order_wake(self, url: str, effect: Wake) -> None:
         log.info("wake %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
         await self._client.wake(url, effect.instance)
-        self._apply(core.OrderAnswered((effect.worker_id, effect.instance)))
+        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
 
     async def _dismiss(self, info: WorkerInfo) -> None:
         """A drained worker may end. One that has ended already, without a word, is forgotten."""
@@ -392,7 +394,7 @@ class Manager:
             remembered = await self._store.workers()
             draining = set(await self._store.draining())
             for worker_id in draining ^ self._pool.draining.keys():
-                self._apply((core.DrainBegun if worker_id in draining else core.DrainCancelled)(worker_id))
+                self._apply((events.DrainBegun if worker_id in draining else events.DrainCancelled)(worker_id))
             for alias in [alias for alias in self._specs if alias not in stored]:
                 self._forget_model(alias)
             for alias, each in stored.items():
@@ -409,14 +411,14 @@ class Manager:
         model = _model(stored)
         before = self._pool.models.get(model.alias)
         if before is None:
-            self._apply(core.ModelRegistered(model))
+            self._apply(events.ModelRegistered(model))
         else:
-            self._apply(core.ModelChanged(model) if before.key == model.key else core.ModelReplaced(model))
+            self._apply(events.ModelChanged(model) if before.key == model.key else events.ModelReplaced(model))
         self._specs[model.alias] = stored.spec
 
     def _forget_model(self, alias: str) -> None:
         del self._specs[alias]
-        self._apply(core.ModelRemoved(alias))
+        self._apply(events.ModelRemoved(alias))
 
     # ------------------------------------------------------------ models
 
@@ -577,7 +579,7 @@ class Manager:
             alias: Seen(waiting=each.waiting, inflight=each.inflight, requests=each.requests)
             for alias, each in report.models.items()
         }
-        self._apply(core.DemandHeard(report.gateway, seen))
+        self._apply(events.DemandHeard(report.gateway, seen))
         self._sharing.hear(report, _now())
         if _now() - self._shared_at >= _SHARE_S:
             self._tell_of_others()
@@ -659,7 +661,7 @@ class Manager:
         self._news |= facts.news_since(self._facts.get(info.worker_id))
         self._facts[info.worker_id] = facts
         self._apply(
-            core.WorkerReported(
+            events.WorkerReported(
                 worker_id=info.worker_id,
                 incarnation=info.incarnation,
                 devices=tuple(map(_device, said.devices)),
@@ -684,7 +686,7 @@ class Manager:
             with suppress(StoreError):  # the next manager waits for it in vain, and not long
                 await self._store.forget_worker(worker_id)
         log.info("worker %s leaves", worker_id)
-        self._apply(core.WorkerLeft(worker_id, facts.info.incarnation))
+        self._apply(events.WorkerLeft(worker_id, facts.info.incarnation))
         if worker_id not in self._pool.workers:
             self._facts.pop(worker_id, None)
         if watch := self._watches.pop(worker_id, None):
@@ -702,7 +704,7 @@ class Manager:
                 raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
             if drain is not (worker_id in self._pool.draining):
                 await self._store.drain(worker_id, drain=drain)
-                self._apply(core.DrainBegun(worker_id) if drain else core.DrainCancelled(worker_id))
+                self._apply(events.DrainBegun(worker_id) if drain else events.DrainCancelled(worker_id))
                 self._act_now()
                 log.info("worker %s %s", worker_id, "is being drained" if drain else "stays")
         return views.worker_view(self._known(), self._pool.workers[worker_id])
@@ -727,7 +729,7 @@ class Manager:
             except WorkerUnreachable as error:
                 if error.refused:
                     log.warning("worker %s is gone: %s", info.worker_id, error)
-                    self._apply(core.WorkerGone(info.worker_id, info.incarnation, "its process has ended"))
+                    self._apply(events.WorkerGone(info.worker_id, info.incarnation, "its process has ended"))
                     return
                 log.info("worker %s cannot be watched: %s", info.worker_id, error)
                 await asyncio.sleep(_WATCH_RETRY_S)
@@ -803,7 +805,7 @@ class Manager:
                     yield update
         finally:
             if gateway and gateway not in self._followers.names:
-                self._apply(core.GatewayGone(gateway))
+                self._apply(events.GatewayGone(gateway))
                 self._sharing.leave(gateway)
                 self._tell_of_others()
 
@@ -877,8 +879,8 @@ def _engine_refusal(kind: str, status: EngineStatus) -> str:
     return f"the engine {kind!r} is {status.state} there" + (f": {status.reason}" if status.reason else "")
 
 
-def _report(report: InstanceReport, *, beside_host: bool) -> core.Report:
-    return core.Report(
+def _report(report: InstanceReport, *, beside_host: bool) -> events.Report:
+    return events.Report(
         instance=report.instance,
         alias=report.model.alias,
         key=_key(report.model),

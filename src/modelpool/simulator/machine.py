@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from modelpool.core.events import Report, WorkerReported
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.orders import Effect, Sleep, Start, Stop, Wake
 from modelpool.core.placement import GB, HOST
-from modelpool.core.pool import Device, Report, WorkerReported
+from modelpool.core.pool import Device
 from modelpool.simulator.clock import Clock
 from modelpool.simulator.engine import Engine
 from modelpool.simulator.scenario import ENGINE, ModelCosts, WorkerKind, drawn

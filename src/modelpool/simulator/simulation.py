@@ -13,19 +13,11 @@ import msgspec
 
 from modelpool.core.admission import Admission, Bounds, State, Ticket
 from modelpool.core.availability import is_routed, on_its_way
+from modelpool.core.changes import apply
 from modelpool.core.demand import Seen
+from modelpool.core.events import DemandHeard, Event, ModelRegistered, OrderAnswered, Tick
 from modelpool.core.orders import Effect, Sleep, Start, Stop
-from modelpool.core.pool import (
-    DemandHeard,
-    Event,
-    ModelRegistered,
-    OrderAnswered,
-    Policy,
-    Pool,
-    Tick,
-    apply,
-    instances_of,
-)
+from modelpool.core.pool import Policy, Pool, instances_of
 from modelpool.core.reconcile import next_deadline, reconcile
 from modelpool.core.routing.choice import least_loaded
 from modelpool.simulator.clock import Clock
