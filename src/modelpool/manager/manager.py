@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import hashlib
 import logging
-import math
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import msgspec
 from msgspec.structs import replace
 
 from modelpool import __version__
@@ -29,32 +26,26 @@ from modelpool.core import pool as core
 from modelpool.core.changes import apply
 from modelpool.core.demand import Seen
 from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
-from modelpool.core.orders import Dismiss, Effect, Sleep, Start, Stop, Wake
 from modelpool.core.reconcile import next_deadline, reconcile
 from modelpool.errors import Conflict, InstanceNotFound, InvalidBody, ModelNotFound, WorkerNotFound
 from modelpool.manager import views
 from modelpool.manager.followers import Followers
-from modelpool.manager.keys import KeyRegister
 from modelpool.manager.lease import Lease
+from modelpool.manager.ordering import Orders
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
-from modelpool.manager.routing_table import RoutingTable
-from modelpool.manager.sharing import Sharing
 from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
+from modelpool.manager.translation import key_of, model_of, worker_reported
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
-from modelpool.messages.demand import DemandReport, node_of
+from modelpool.messages.demand import DemandReport
 from modelpool.messages.dump import Dump, Loaded, StoredModel
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
-from modelpool.messages.models import CHANGEABLE, ModelSpec, changed, for_engine
-from modelpool.messages.routing import Delta, Snapshot, Update
+from modelpool.messages.models import CHANGEABLE, ModelSpec, changed
+from modelpool.messages.routing import Update
 from modelpool.messages.workers import (
-    Device,
-    EngineStatus,
     Heartbeat,
     HeartbeatAnswer,
-    InstanceReport,
     RegisterWorker,
-    StartOrder,
     WorkerDescription,
     WorkerInfo,
 )
@@ -66,12 +57,9 @@ V = TypeVar("V")
 
 _VIEWS_AT_ONCE = 100
 
-_SHARE_S = 0.05
-"""So often at most the nodes are told of each other."""
 _BACK_S = 1.0
 """Gateways that followed the manager before this one are back within half of it."""
 _WATCH_RETRY_S = 1.0
-_FIRST_START_ONLY = ("fetch", "import")
 _ASKED_FOR = 0.8
 """Of the time that workers known from before are waited for: then one that is silent is taken to be as it was."""
 _NO_LEASE_S = 0.5
@@ -158,17 +146,18 @@ class Manager:
         self._tasks: asyncio.TaskGroup | None = None
         self._owned: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._ordering: set[core.Key] = set()
-        # Orders that came up while one about the same instance was under way.
-        self._postponed: set[core.Key] = set()
-        self._table = RoutingTable()
-        self._sequence = 0
         # Models of which a worker has said something that only the gateways heed.
         self._news: set[str] = set()
-        self._followers = Followers()
-        self._sharing = Sharing()
-        self._shared_at = -math.inf
-        self._keys = KeyRegister(store, tell=self._followers.tell)
+        self._followers = Followers(store)
+        self._keys = self._followers.keys
+        self._orders = Orders(
+            client,
+            self.lease,
+            known=self._known,
+            apply=self._apply,
+            publish=self._publish,
+            forget=self.unregister_worker,
+        )
 
     # ------------------------------------------------------------ its life
 
@@ -186,7 +175,7 @@ class Manager:
         experience = await self._recollection.recall()
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
-            model = _model(stored)
+            model = model_of(stored)
             key, learned, resting = experience.get(model.alias, ("", {}, False))
             known = events.ModelRegistered(model)
             if key == model.key:
@@ -209,7 +198,7 @@ class Manager:
         while True:
             self._act_now()
             due = next_deadline(self._pool) if self.lease.valid else _now() + _NO_LEASE_S
-            if self._table.behind:
+            if self._followers.behind:
                 due = _now()
             try:
                 async with asyncio.timeout(None if due is None else max(0.01, due - _now())):
@@ -225,9 +214,9 @@ class Manager:
         if self.lease.valid:
             self._pool, effects = reconcile(self._pool, now)
             for effect in effects:
-                self._own(self._order(effect))
+                self._own(self._orders.give(effect))
         self._publish()
-        if self._table.complete:
+        if self._followers.complete:
             self._recovered.set()
 
     async def remember(self) -> None:
@@ -280,92 +269,7 @@ class Manager:
         task.add_done_callback(self._owned.discard)
         return task
 
-    # ------------------------------------------------------------ orders
-
-    async def _order(self, effect: Effect) -> None:
-        """Give one order. An answer becomes an event; silence none, and the order is given again when it is due."""
-        key = (effect.worker_id, effect.instance)
-        facts = self._facts.get(effect.worker_id)
-        if facts is None:
-            return
-        if key in self._ordering:
-            self._postponed.add(key)
-            return
-        if not self.lease.valid:
-            self._apply(events.OrderPostponed(key))
-            return
-        self._ordering.add(key)
-        try:
-            match effect:
-                case Start():
-                    await self._order_start(facts.info.url, effect)
-                case Stop():
-                    await self._order_stop(facts.info.url, effect)
-                case Sleep():
-                    await self._order_sleep(facts.info.url, effect)
-                case Wake():
-                    await self._order_wake(facts.info.url, effect)
-                case Dismiss():
-                    await self._dismiss(facts.info)
-        except OrderFailed as error:
-            log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
-            self._apply(events.OrderRefused(key, str(error), permanent=error.permanent))
-        except WorkerUnreachable as error:
-            log.warning("%s: an order about %s got no answer: %s", effect.worker_id, effect.instance, error)
-        except Exception:
-            log.exception("%s: an order about %s failed", effect.worker_id, effect.instance)
-        finally:
-            self._ordering.discard(key)
-            if key in self._postponed:
-                self._postponed.discard(key)
-                self._apply(events.OrderPostponed(key))
-
-    async def _order_start(self, url: str, effect: Start) -> None:
-        spec = self._specs.get(effect.alias)
-        instance = self._pool.instances.get((effect.worker_id, effect.instance))
-        if spec is None or instance is None or instance.stopping:
-            return
-        log.info("start %s on %s, devices %s", effect.instance, effect.worker_id, effect.devices)
-        # Where the user gave no size, the engine's own default decides; what was set aside for it is an estimate.
-        sized = spec.gpu_memory_gb is not None or spec.gpu_memory_utilization is not None
-        order = StartOrder(
-            model=spec,
-            instance=effect.instance,
-            devices=effect.devices,
-            memory_bytes=instance.memory_bytes if sized else 0,
-        )
-        await self._client.start(url, order)
-        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
-
-    async def _order_stop(self, url: str, effect: Stop) -> None:
-        log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
-        self._publish(*self._alias_of(effect))  # no new request is sent to it from now on
-        await self._client.stop(url, effect.instance, effect.drain_s)
-
-    async def _order_sleep(self, url: str, effect: Sleep) -> None:
-        log.info("sleep level %d for %s on %s: %s", effect.level, effect.instance, effect.worker_id, effect.reason)
-        self._publish(*self._alias_of(effect))  # no new request is sent to it from now on
-        await self._client.sleep(url, effect.instance, effect.level)
-        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
-
-    async def _order_wake(self, url: str, effect: Wake) -> None:
-        log.info("wake %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
-        await self._client.wake(url, effect.instance)
-        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
-
-    async def _dismiss(self, info: WorkerInfo) -> None:
-        """A drained worker may end. One that has ended already, without a word, is forgotten."""
-        log.info("worker %s is drained", info.worker_id)
-        try:
-            await self._client.dismiss(info.url)
-        except WorkerUnreachable as error:
-            if not error.refused:
-                raise
-            await self.unregister_worker(info.worker_id, info.incarnation)
-
-    def _alias_of(self, effect: Effect) -> tuple[str, ...]:
-        instance = self._pool.instances.get((effect.worker_id, effect.instance))
-        return () if instance is None else (instance.alias,)
+    # ------------------------------------------------------------ its store
 
     async def _outlive(self, epoch: str) -> None:
         """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
@@ -385,7 +289,7 @@ class Manager:
                 log.warning(
                     "epoch %s was known elsewhere; this manager goes from %s to %s", epoch, before, self._store.epoch
                 )
-                self._tell_all()
+                self._followers.tell_all()
 
     async def _reread(self) -> None:
         """Know what the store knows, after a write of which nobody knows whether it was done. Raises StoreError."""
@@ -408,7 +312,7 @@ class Manager:
 
     def _take_model(self, stored: StoredModel) -> None:
         """What the store has of a model: it is new, or has changed."""
-        model = _model(stored)
+        model = model_of(stored)
         before = self._pool.models.get(model.alias)
         if before is None:
             self._apply(events.ModelRegistered(model))
@@ -465,7 +369,7 @@ class Manager:
 
     async def _change(self, before: ModelSpec, spec: ModelSpec) -> None:
         """What instances of other keys serve stays in use until those of the new one do."""
-        known, key = self._pool.models[spec.alias], _key(spec)
+        known, key = self._pool.models[spec.alias], key_of(spec)
         former = (known.key, *known.replaces) if key != known.key else known.replaces
         replaces = tuple(each for each in former if each != key)[:_FORMER_MAX]
         await self._store.change_model(spec, replaces)
@@ -535,7 +439,7 @@ class Manager:
             await self._store.load(models, keys, cluster)
         await self._reread()
         self._act_now()
-        self._tell_all()
+        self._followers.tell_all()
         await self._followers.told()
         log.info("loaded %d models and %d keys of the cluster %s", len(models), len(keys), dump.cluster)
         return Loaded(models=tuple(each.spec.alias for each in models), keys=tuple(each.id for each in keys))
@@ -580,9 +484,7 @@ class Manager:
             for alias, each in report.models.items()
         }
         self._apply(events.DemandHeard(report.gateway, seen))
-        self._sharing.hear(report, _now())
-        if _now() - self._shared_at >= _SHARE_S:
-            self._tell_of_others()
+        self._followers.hear(report)
 
     # ------------------------------------------------------------ workers
 
@@ -660,17 +562,7 @@ class Manager:
         )
         self._news |= facts.news_since(self._facts.get(info.worker_id))
         self._facts[info.worker_id] = facts
-        self._apply(
-            events.WorkerReported(
-                worker_id=info.worker_id,
-                incarnation=info.incarnation,
-                devices=tuple(map(_device, said.devices)),
-                host=_device(said.host) if said.host else None,
-                files=frozenset(said.files),
-                engines={kind: _engine_refusal(kind, status) for kind, status in said.engines.items()},
-                reports=tuple(_report(each, beside_host=said.host is not None) for each in said.instances),
-            )
-        )
+        self._apply(worker_reported(info, said))
 
     def know_gateways(self, urls: tuple[str, ...]) -> None:
         """Where workers reach the gateways: told them with the next answer to a heartbeat."""
@@ -765,56 +657,17 @@ class Manager:
         news = [*first, *self._news, *self._pool.news]
         self._news.clear()
         self._pool = replace(self._pool, news=frozenset())
-        known_before = self._table.complete
-        changed, removed = self._table.refresh(self._known(), news)
-        if self._table.complete and (changed or removed or not known_before):
-            self._sequence += 1
-            self._followers.tell(
-                Delta(epoch=self._store.epoch, sequence=self._sequence, changed=changed, removed=removed)
-                if known_before
-                else self._snapshot()
-            )
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(epoch=self._store.epoch, sequence=self._sequence, models=dict(self._table.entries))
-
-    def _whole(self) -> Iterator[Update]:
-        """All that a gateway is to know."""
-        yield self._keys.update()
-        if self._table.complete:
-            yield self._snapshot()
-
-    def _tell_all(self) -> None:
-        """Send the gateways all of it anew."""
-        if self._table.complete:
-            self._sequence += 1
-        for update in self._whole():
-            self._followers.tell(update)
+        self._followers.publish(self._known(), news)
 
     async def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
         await self._outlive(epoch)
-
-        def whole() -> Iterator[Update]:
-            self._sharing.join(gateway)
-            self._tell_of_others()
-            return self._whole()
-
         try:
-            async with aclosing(self._followers.follow(gateway, whole)) as updates:
+            async with aclosing(self._followers.follow(gateway)) as updates:
                 async for update in updates:
                     yield update
         finally:
             if gateway and gateway not in self._followers.names:
                 self._apply(events.GatewayGone(gateway))
-                self._sharing.leave(gateway)
-                self._tell_of_others()
-
-    def _tell_of_others(self) -> None:
-        """Tell the gateways of each node what is new of the others."""
-        self._shared_at = _now()
-        base = number_of(self._store.epoch) << 32
-        for node, others in self._sharing.news(self._keys.limits, self._store.epoch, base, _now()):
-            self._followers.tell(others, {name for name in self._followers.names if node_of(name) == node})
 
 
 async def _in_parts(view: Callable[[T], V], of: Sequence[T]) -> list[V]:
@@ -829,76 +682,6 @@ async def _in_parts(view: Callable[[T], V], of: Sequence[T]) -> list[V]:
 
 def _now() -> float:
     return time.monotonic()
-
-
-def _key(spec: ModelSpec) -> str:
-    return hashlib.sha256(msgspec.json.encode(for_engine(spec), order="deterministic")).hexdigest()[:16]
-
-
-def _model(stored: StoredModel) -> core.Model:
-    spec = stored.spec
-    return core.Model(
-        alias=spec.alias,
-        key=_key(spec),
-        replaces=stored.replaces,
-        engine=spec.engine,
-        created=stored.created,
-        source=spec.model_name,
-        devices=spec.tensor_parallel_size,
-        memory_bytes=None if spec.gpu_memory_gb is None else int(spec.gpu_memory_gb * 10**9),
-        memory_fraction=spec.gpu_memory_utilization,
-        min_replicas=spec.min_replicas,
-        max_replicas=spec.max_replicas,
-        pinned=spec.pinned,
-        preload=spec.preload,
-        capacity=spec.capacity,
-        load_high=spec.load_high,
-        load_low=spec.load_low,
-        cooldown_s=spec.cooldown_s,
-        idle_sleep_1_s=spec.idle_sleep_1_s,
-        idle_sleep_2_s=spec.idle_sleep_2_s,
-        idle_unload_s=spec.idle_unload_s,
-    )
-
-
-def _device(device: Device) -> core.Device:
-    return core.Device(
-        index=device.index,
-        kind=device.kind,
-        name=device.name,
-        total_bytes=device.total_bytes,
-        free_bytes=device.free_bytes,
-        lost=device.lost,
-        others=device.others,
-    )
-
-
-def _engine_refusal(kind: str, status: EngineStatus) -> str:
-    if status.state in ("ready", "importing"):
-        return ""
-    return f"the engine {kind!r} is {status.state} there" + (f": {status.reason}" if status.reason else "")
-
-
-def _report(report: InstanceReport, *, beside_host: bool) -> events.Report:
-    return events.Report(
-        instance=report.instance,
-        alias=report.model.alias,
-        key=_key(report.model),
-        state=report.state,
-        reason=report.reason,
-        permanent=report.permanent,
-        ending=report.ending,
-        devices=report.devices,
-        memory_bytes=report.memory_bytes,
-        held_bytes=report.device_bytes,
-        host_bytes=report.pss_bytes if beside_host else 0,
-        weights_bytes=report.weights_bytes,
-        capacity=report.capacity,
-        levels=report.sleep_levels,
-        changed_at=report.changed_at,
-        aside_s=sum(phase.seconds for phase in report.phases if phase.name in _FIRST_START_ONLY),
-        slept_s=report.last_sleep.seconds if report.last_sleep else 0.0,
-    )
 
 
 def _differences(one: ModelSpec, other: ModelSpec) -> list[str]:
