@@ -42,13 +42,17 @@ def find_place(
     round_.cost += _WORKER_COST * len(pool.workers)
     need = need_of(pool, model)
     there = [worker for worker in pool.workers.values() if worker.alive]
-    roomy = [worker for worker in there if round_.ledger(pool, worker).may_take(need)]
-    if not roomy:  # that it is refused is clear: why, by the workers that a refusal names
-        roomy = nlargest(NAMED_MAX, there, key=lambda worker: round_.ledger(pool, worker).most)
-    candidates = [_candidate(pool, model, worker, round_, failed) for worker in roomy]
-    if unless_kept:
-        candidates = [_unless_kept(each, round_) for each in candidates]
-    return place(need, candidates, others=len(there) - len(roomy))
+
+    def candidates(workers: Iterable[Worker]) -> list[Candidate]:
+        found = [_candidate(pool, model, worker, round_, failed) for worker in workers]
+        return [_unless_kept(each, round_) for each in found] if unless_kept else found
+
+    choice = place(need, candidates(each for each in there if round_.ledger(pool, each).may_take(need)))
+    if isinstance(choice, Placement):
+        return choice
+    # Why not is said of the workers that a refusal names.
+    named = nlargest(NAMED_MAX, there, key=lambda worker: round_.ledger(pool, worker).most)
+    return place(need, candidates(named), others=len(there) - len(named))
 
 
 def _candidate(pool: Pool, model: Model, worker: Worker, round_: Round, failed: Instance | None = None) -> Candidate:
