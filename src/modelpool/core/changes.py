@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -51,16 +51,8 @@ _NOTHING = Seen()
 
 def apply(pool: Pool, event: Event, now: float) -> Pool:
     match event:
-        case ModelRegistered(model, learned, resting):
-            return replace(
-                pool,
-                models={**pool.models, model.alias: model},
-                learned={**pool.learned, model.alias: learned},
-                demand={**pool.demand, model.alias: Demand(asked_at=now)},
-                wanted_up=pool.wanted_up if resting else pool.wanted_up | {model.alias},
-                touched=pool.touched | {model.alias},
-                news=pool.news | {model.alias},
-            )
+        case ModelRegistered():
+            return registered(pool, [event], now)
         case ModelChanged(model):
             changed = replace(pool, models={**pool.models, model.alias: model}, news=pool.news | {model.alias})
             return touched(changed, [model.alias])
@@ -123,6 +115,20 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             )
         case Tick():
             return _time_passed(pool, now)
+
+
+def registered(pool: Pool, events: Sequence[ModelRegistered], now: float) -> Pool:
+    """With several models at once."""
+    aliases = frozenset(each.model.alias for each in events)
+    return replace(
+        pool,
+        models={**pool.models, **{each.model.alias: each.model for each in events}},
+        learned={**pool.learned, **{each.model.alias: each.learned for each in events}},
+        demand={**pool.demand, **{alias: Demand(asked_at=now) for alias in aliases}},
+        wanted_up=pool.wanted_up.union(each.model.alias for each in events if not each.resting),
+        touched=pool.touched | aliases,
+        news=pool.news | aliases,
+    )
 
 
 def _demanded(pool: Pool, gateway: str, seen: Mapping[str, Seen], now: float) -> Pool:

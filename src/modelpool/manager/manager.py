@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from modelpool import __version__
 from modelpool.core import events
 from modelpool.core import pool as core
-from modelpool.core.changes import apply
+from modelpool.core.changes import apply, registered
 from modelpool.core.demand import Seen
 from modelpool.core.epoch import cluster_of, is_foreign, is_older, number_of
 from modelpool.core.reconcile import next_deadline, reconcile
@@ -173,14 +173,15 @@ class Manager:
             self._pool = apply(self._pool, events.DrainBegun(worker_id), now)
         self._alone_until = now + _BACK_S if self._awaited else now
         experience = await self._recollection.recall()
+        known = []
         for stored in await self._store.models():
             self._specs[stored.spec.alias] = stored.spec
             model = model_of(stored)
             key, learned, resting = experience.get(model.alias, ("", {}, False))
-            known = events.ModelRegistered(model)
-            if key == model.key:
-                known = events.ModelRegistered(model, learned, resting)
-            self._pool = apply(self._pool, known, now)
+            if key != model.key:
+                learned, resting = {}, False
+            known.append(events.ModelRegistered(model, learned, resting))
+        self._pool = registered(self._pool, known, now)
         log.info("epoch %s: %d models, %d workers awaited", self._store.epoch, len(self._specs), len(self._awaited))
 
     def attach(self, tasks: asyncio.TaskGroup) -> None:
@@ -301,8 +302,11 @@ class Manager:
                 self._apply((events.DrainBegun if worker_id in draining else events.DrainCancelled)(worker_id))
             for alias in [alias for alias in self._specs if alias not in stored]:
                 self._forget_model(alias)
+            new = [each for alias, each in stored.items() if alias not in self._specs]
+            self._pool = registered(self._pool, [events.ModelRegistered(model_of(each)) for each in new], _now())
+            self._specs |= {each.spec.alias: each.spec for each in new}
             for alias, each in stored.items():
-                if self._specs.get(alias) != each.spec:
+                if self._specs[alias] != each.spec:
                     self._take_model(each)
             for worker_id, facts in self._facts.items():
                 if worker_id not in remembered:
