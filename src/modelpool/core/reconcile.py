@@ -91,6 +91,7 @@ def reconcile(pool: Pool, now: float) -> tuple[Pool, tuple[Effect, ...]]:
         return pool, ()
     looked_at = pool.touched if now < pool.due_first else pool.touched.union(_all_due(pool, now))
     room_changed = pool.room_changed or not looked_at.isdisjoint(pool.kept_for.values())
+    room_changed = room_changed and bool(pool.shortages)
     if seeks := room_changed and _sought_again_at(pool) <= now:
         looked_at = looked_at.union(pool.shortages)  # the room may be theirs now
     elif not looked_at and not pool.draining:
