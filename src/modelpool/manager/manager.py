@@ -12,10 +12,10 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
@@ -32,9 +32,12 @@ from modelpool.manager import views
 from modelpool.manager.followers import Followers
 from modelpool.manager.lease import Lease
 from modelpool.manager.ordering import Orders
+from modelpool.manager.parts import in_parts
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
+from modelpool.manager.registered import differences, missing
 from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
 from modelpool.manager.translation import key_of, model_of, worker_reported
+from modelpool.manager.watches import Watches
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
@@ -52,14 +55,9 @@ from modelpool.messages.workers import (
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-V = TypeVar("V")
-
-_VIEWS_AT_ONCE = 100
 
 _BACK_S = 1.0
 """Gateways that followed the manager before this one are back within half of it."""
-_WATCH_RETRY_S = 1.0
 _ASKED_FOR = 0.8
 """Of the time that workers known from before are waited for: then one that is silent is taken to be as it was."""
 _NO_LEASE_S = 0.5
@@ -135,7 +133,6 @@ class Manager:
         self._facts: dict[str, views.WorkerFacts] = {}
         self._awaited: dict[str, str] = {}
         self._last_known: dict[str, WorkerDescription] = {}
-        self._kept: dict[str, object] = {}
         self._ask_until = 0.0
         self._changed = asyncio.Event()
         self._acted = asyncio.Event()
@@ -145,7 +142,7 @@ class Manager:
         self._writing = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
         self._owned: set[asyncio.Task[None]] = set()
-        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._watches = Watches(client, own=self._own, gone=self._gone)
         # Models of which a worker has said something that only the gateways heed.
         self._news: set[str] = set()
         self._followers = Followers(store)
@@ -231,33 +228,7 @@ class Manager:
     async def save(self) -> None:
         async with self._writing:
             await self._recollection.save(self._pool)
-            await self._keep_last_known()
-
-    async def _keep_last_known(self) -> None:
-        """What workers run, for a manager that comes while they are silent. Tried again with the next."""
-        now = {
-            worker_id: (facts.info, {name: report.changed_at for name, report in facts.reports.items()})
-            for worker_id, facts in self._facts.items()
-        }
-        new = [self._facts[worker_id] for worker_id, said in now.items() if self._kept.get(worker_id) != said]
-        if not new:
-            return
-        descriptions = [
-            WorkerDescription(
-                info=facts.info,
-                devices=facts.devices,
-                engines=dict(facts.engines),
-                instances=tuple(facts.reports.values()),
-                host=facts.host,
-            )
-            for facts in new
-        ]
-        try:
-            await self._store.keep_last_known(descriptions)
-        except StoreError as error:
-            log.warning("what %d workers run is not kept yet: %s", len(new), error)
-        else:
-            self._kept = {**now}
+            await self._recollection.save_workers(self._facts)
 
     def _apply(self, event: events.Event) -> None:
         self._pool = apply(self._pool, event, _now())
@@ -334,13 +305,13 @@ class Manager:
         async with self._writing:
             known = self._specs.get(spec.alias)
             if known is not None and known != spec and not replace:
-                differences = _differences(known, spec)
+                differing = differences(known, spec)
                 cure = "PATCH /admin/models/{alias} (`modelpool set`) changes that."
-                if not set(differences) <= set(CHANGEABLE):
+                if not set(differing) <= set(CHANGEABLE):
                     cure = "Replace it (`replace=true`, `modelpool register --replace`), or use another alias."
                 raise Conflict(
                     f"The alias `{spec.alias}` is registered with another body (it differs in "
-                    f"{', '.join(differences)}). {cure}",
+                    f"{', '.join(differing)}). {cure}",
                     param="alias",
                     code="alias_taken",
                 )
@@ -379,7 +350,7 @@ class Manager:
         await self._store.change_model(spec, replaces)
         self._take_model(StoredModel(spec, known.created, replaces))
         self._act_now()
-        log.info("changed %s: %s", spec.alias, ", ".join(_differences(before, spec)))
+        log.info("changed %s: %s", spec.alias, ", ".join(differences(before, spec)))
 
     async def remove_model(self, alias: str) -> None:
         async with self._writing:
@@ -394,7 +365,7 @@ class Manager:
         return self._view(alias)
 
     async def models(self) -> list[ModelView]:
-        return await _in_parts(partial(views.model_view, self._known_for_long()), sorted(self._pool.models))
+        return await in_parts(partial(views.model_view, self._known_for_long()), sorted(self._pool.models))
 
     def _require(self, alias: str) -> None:
         if alias not in self._specs:
@@ -429,7 +400,7 @@ class Manager:
 
     async def load(self, dump: Dump, *, restore: bool) -> Loaded:
         async with self._writing, self._keys.writing:
-            models = self._missing(dump.models)
+            models = missing(self._specs, dump.models)
             keys = self._keys.missing(dump.keys)
             cluster = cluster_of(self._store.epoch)
             if restore and cluster != dump.cluster:
@@ -447,23 +418,6 @@ class Manager:
         await self._followers.told()
         log.info("loaded %d models and %d keys of the cluster %s", len(models), len(keys), dump.cluster)
         return Loaded(models=tuple(each.spec.alias for each in models), keys=tuple(each.id for each in keys))
-
-    def _missing(self, dumped: Iterable[StoredModel]) -> list[StoredModel]:
-        """Those that are not there yet. Raises Conflict for one that is another under the same alias."""
-        missing: dict[str, StoredModel] = {}
-        for each in dumped:
-            alias = each.spec.alias
-            known = self._specs.get(alias) or (missing[alias].spec if alias in missing else None)
-            if known is not None and known != each.spec:
-                raise Conflict(
-                    f"The alias `{alias}` is registered with another body (it differs in "
-                    f"{', '.join(_differences(known, each.spec))}).",
-                    param="models",
-                    code="alias_taken",
-                )
-            if known is None:
-                missing[alias] = each
-        return list(missing.values())
 
     # ------------------------------------------------------------ keys
 
@@ -500,7 +454,7 @@ class Manager:
         await self._remember(info)
         log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
         self._heard(info, message)
-        self._watch(info, anew=True)
+        self._watches.begin(info, anew=True)
         return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
     async def _ask(self, worker_id: str, url: str, last_known: WorkerDescription | None) -> None:
@@ -520,7 +474,7 @@ class Manager:
         if found is not None and found.info.worker_id == worker_id and worker_id not in self._facts:
             log.info("worker %s runs on at %s with %d instances", worker_id, url, len(found.instances))
             self._heard(found.info, found)
-            self._watch(found.info)
+            self._watches.begin(found.info)
 
     async def _remember(self, info: WorkerInfo) -> None:
         """So that the next manager waits for it. It is taken all the same while the store is out."""
@@ -553,7 +507,7 @@ class Manager:
         if facts is None or facts.info.incarnation != message.incarnation:
             raise WorkerNotFound(f"The worker `{worker_id}` is not registered with this manager.")
         self._heard(facts.info, message)
-        self._watch(facts.info)
+        self._watches.begin(facts.info)
         return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
     def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat | WorkerDescription) -> None:
@@ -567,6 +521,9 @@ class Manager:
         self._news |= facts.news_since(self._facts.get(info.worker_id))
         self._facts[info.worker_id] = facts
         self._apply(worker_reported(info, said))
+
+    def _gone(self, info: WorkerInfo) -> None:
+        self._apply(events.WorkerGone(info.worker_id, info.incarnation, "its process has ended"))
 
     def know_gateways(self, urls: tuple[str, ...]) -> None:
         """Where workers reach the gateways: told them with the next answer to a heartbeat."""
@@ -585,8 +542,7 @@ class Manager:
         self._apply(events.WorkerLeft(worker_id, facts.info.incarnation))
         if worker_id not in self._pool.workers:
             self._facts.pop(worker_id, None)
-        if watch := self._watches.pop(worker_id, None):
-            watch.cancel()
+        self._watches.end(worker_id)
 
     async def drain_worker(self, worker_id: str) -> WorkerView:
         return await self._drain(worker_id, drain=True)
@@ -607,31 +563,7 @@ class Manager:
 
     async def workers(self) -> list[WorkerView]:
         workers = [worker for _, worker in sorted(self._pool.workers.items())]
-        return await _in_parts(partial(views.worker_view, self._known_for_long()), workers)
-
-    def _watch(self, info: WorkerInfo, *, anew: bool = False) -> None:
-        task = self._watches.get(info.worker_id)
-        if task is not None and not task.done():
-            if not anew:
-                return
-            task.cancel()
-        self._watches[info.worker_id] = self._own(self._watch_worker(info))
-
-    async def _watch_worker(self, info: WorkerInfo) -> None:
-        """Hold a connection to a worker until nothing listens there any more: then its instances are gone too."""
-        while True:
-            try:
-                await self._client.watch(info.url)
-            except WorkerUnreachable as error:
-                if error.refused:
-                    log.warning("worker %s is gone: %s", info.worker_id, error)
-                    self._apply(events.WorkerGone(info.worker_id, info.incarnation, "its process has ended"))
-                    return
-                log.info("worker %s cannot be watched: %s", info.worker_id, error)
-                await asyncio.sleep(_WATCH_RETRY_S)
-            except Exception:
-                log.exception("watching worker %s failed", info.worker_id)
-                await asyncio.sleep(_WATCH_RETRY_S)
+        return await in_parts(partial(views.worker_view, self._known_for_long()), workers)
 
     # ------------------------------------------------------------ what others see
 
@@ -674,22 +606,8 @@ class Manager:
                 self._apply(events.GatewayGone(gateway))
 
 
-async def _in_parts(view: Callable[[T], V], of: Sequence[T]) -> list[V]:
-    """A view of each, with room for others in between."""
-    views_ = []
-    for number, each in enumerate(of, start=1):
-        views_.append(view(each))
-        if number % _VIEWS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-    return views_
-
-
 def _now() -> float:
     return time.monotonic()
-
-
-def _differences(one: ModelSpec, other: ModelSpec) -> list[str]:
-    return [name for name in ModelSpec.__struct_fields__ if getattr(one, name) != getattr(other, name)]
 
 
 def _check_url(url: str) -> None:

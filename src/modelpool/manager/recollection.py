@@ -1,4 +1,6 @@
-"""What the manager learns of its models by watching them, kept in the store so that the next one knows it at once."""
+"""What the manager learns of its models by watching them, and what workers run, kept in the store so that the next one
+knows it at once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from collections.abc import Mapping
 from modelpool.core.learned import Learned, from_record, to_record
 from modelpool.core.pool import Pool, at_rest
 from modelpool.manager.store import Store, StoredExperience, StoreError
+from modelpool.manager.views import WorkerFacts
+from modelpool.messages.workers import WorkerDescription
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +25,7 @@ class Recollection:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._kept: Mapping[str, tuple[Learned, bool]] = {}
+        self._kept_of: Mapping[str, object] = {}
 
     async def recall(self) -> dict[str, tuple[str, Learned, bool]]:
         """By alias: the key of the model that it is about, what was learned, and whether it was at rest."""
@@ -51,3 +56,29 @@ class Recollection:
             log.warning("what was learned of %d models is not kept yet: %s", len(new), error)
         else:
             self._kept = now
+
+    async def save_workers(self, known: Mapping[str, WorkerFacts]) -> None:
+        """What workers run, for a manager that comes while they are silent. Tried again with the next."""
+        now = {
+            worker_id: (facts.info, {name: report.changed_at for name, report in facts.reports.items()})
+            for worker_id, facts in known.items()
+        }
+        new = [known[worker_id] for worker_id, said in now.items() if self._kept_of.get(worker_id) != said]
+        if not new:
+            return
+        descriptions = [
+            WorkerDescription(
+                info=facts.info,
+                devices=facts.devices,
+                engines=dict(facts.engines),
+                instances=tuple(facts.reports.values()),
+                host=facts.host,
+            )
+            for facts in new
+        ]
+        try:
+            await self._store.keep_last_known(descriptions)
+        except StoreError as error:
+            log.warning("what %d workers run is not kept yet: %s", len(new), error)
+        else:
+            self._kept_of = now
