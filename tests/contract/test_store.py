@@ -29,6 +29,25 @@ def file(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+def test_what_is_replaced_and_who_is_being_drained_is_there_again_after_a_restart(store_url: str) -> None:
+    async def story() -> None:
+        async with held(store_url) as store:
+            await store.add_model(spec("a"), 1)
+            await store.change_model(spec("a"), ("key", "former"))
+            for worker in ("going", "gone", "staying"):
+                await store.remember_worker(worker, "http://one")
+                await store.drain(worker, drain=True)
+                await store.drain(worker, drain=True)
+            await store.drain("staying", drain=False)
+            await store.forget_worker("gone")
+            await store.remember_worker("going", "http://two")
+        async with held(store_url) as store:
+            assert [each.replaces for each in await store.models()] == [("key", "former")]
+            assert await store.draining() == ["going"]
+
+    asyncio.run(story())
+
+
 def spec(alias: str) -> ModelSpec:
     return ModelSpec(alias=alias, fake=True, fake_capacity=3, engine_args={"a": [1, {"b": None}]})
 
