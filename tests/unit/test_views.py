@@ -6,6 +6,7 @@ from msgspec import structs
 from modelpool.core.demand import Demand
 from modelpool.core.learned import What, learn
 from modelpool.core.lifecycle import InstanceState
+from modelpool.core.placement import GB
 from modelpool.core.pool import Instance, Model, Pool, Worker, with_instances
 from modelpool.manager.views import (
     DEFAULT_START_S,
@@ -14,11 +15,12 @@ from modelpool.manager.views import (
     WorkerFacts,
     entry,
     model_view,
+    worker_view,
 )
 from modelpool.messages.admin import ModelView
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import ModelEntry, Route
-from modelpool.messages.workers import Address, InstanceReport, LevelChange, Progress, WorkerInfo
+from modelpool.messages.workers import Address, Device, InstanceReport, LevelChange, Progress, WorkerInfo
 
 S = InstanceState
 SPEC = ModelSpec(alias="m", fake=True)
@@ -240,3 +242,15 @@ def test_a_sleeper_has_no_route_and_is_shown_with_its_level_and_its_memory(state
     (shown,) = model.instances
     assert shown.sleep_level_value == {S.SLEEP_1: 1, S.SLEEP_2: 2, S.WAKING: 0}[state]
     assert (shown.pss_bytes, shown.sleep_levels, shown.last_sleep) == (7, (1, 2), LevelChange(level=1, seconds=0.5))
+
+
+def test_a_worker_shows_what_is_set_aside_on_each_of_its_devices() -> None:
+    starting = instance("m", S.STARTING, devices=(1,), memory_bytes=3 * GB)
+    awake = instance("m-r2", devices=(0, 1), memory_bytes=GB)
+    devices = tuple(
+        Device(index=index, kind="cuda", name="H200", total_bytes=10 * GB, free_bytes=9 * GB) for index in (0, 1, 2)
+    )
+    pool = known(starting, awake)
+    facts = structs.replace(pool.facts["w"], devices=devices)
+    pool = structs.replace(pool, facts={"w": facts})
+    assert worker_view(pool, pool.pool.workers["w"]).set_aside_bytes == (GB, 4 * GB, 0)

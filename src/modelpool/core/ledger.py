@@ -33,6 +33,9 @@ class Claim(msgspec.Struct, frozen=True):
     unseen: int = 0
 
 
+_NOTHING = Claim()
+
+
 def on_device(instance: Instance, *, accelerated: bool) -> Claim:
     """On each of its devices."""
     state, held = instance.state, instance.held_bytes
@@ -94,20 +97,25 @@ def accelerated(worker: Worker) -> bool:
 def ledger(worker: Worker, instances: Iterable[Instance]) -> Ledger:
     """That of a worker and all instances on it."""
     fast = accelerated(worker)
-    sums: dict[int, tuple[int, int]] = {}
-    for instance in instances:
-        claims = [(index, on_device(instance, accelerated=fast)) for index in instance.devices]
-        for index, claim in [*claims, (HOST, on_host(instance))] if fast else claims:
-            all_, unseen = sums.get(index, (0, 0))
-            sums[index] = (all_ + claim.bytes, unseen + claim.unseen)
-    devices = tuple(_room(device, *sums.get(device.index, (0, 0))) for device in worker.devices)
+    sums = claims(instances, accelerated=fast)
+    devices = tuple(_room(device, sums.get(device.index, _NOTHING)) for device in worker.devices)
     return Ledger(
         devices=devices,
         most=max((device.free_bytes for device in devices), default=0),
-        host=_room(worker.host, *sums.get(HOST, (0, 0))) if worker.host and fast else None,
+        host=_room(worker.host, sums.get(HOST, _NOTHING)) if worker.host and fast else None,
     )
 
 
-def _room(device: Device, set_aside: int, unseen: int) -> Room:
-    left = min(device.total_bytes - set_aside, device.free_bytes - unseen)
-    return replace(device, free_bytes=left)
+def claims(instances: Iterable[Instance], *, accelerated: bool) -> dict[int, Claim]:
+    """What is set aside for all of them: by device, and of the machine (HOST) beside accelerators."""
+    sums: dict[int, Claim] = {}
+    for instance in instances:
+        here = [(index, on_device(instance, accelerated=accelerated)) for index in instance.devices]
+        for index, claim in [*here, (HOST, on_host(instance))] if accelerated else here:
+            before = sums.get(index, _NOTHING)
+            sums[index] = Claim(before.bytes + claim.bytes, before.unseen + claim.unseen)
+    return sums
+
+
+def _room(device: Device, claim: Claim) -> Room:
+    return replace(device, free_bytes=min(device.total_bytes - claim.bytes, device.free_bytes - claim.unseen))

@@ -10,6 +10,7 @@ import msgspec
 
 from modelpool.core.availability import is_routed, on_its_way
 from modelpool.core.learned import ANYWHERE, WAKE, What, slow
+from modelpool.core.ledger import Claim, accelerated, claims
 from modelpool.core.lifecycle import InstanceState, sleep_level
 from modelpool.core.outgoing import why_outgoing
 from modelpool.core.pool import Instance, Key, Pool, Worker, instances_of, instances_on, key_of
@@ -277,7 +278,8 @@ def _instance_view(known: Known, instance: Instance) -> InstanceView:
 
 
 def worker_view(known: Known, worker: Worker) -> WorkerView:
-    facts = known.facts[worker.worker_id]
+    facts, here = known.facts[worker.worker_id], instances_on(known.pool, worker.worker_id)
+    set_aside = claims(here, accelerated=accelerated(worker))
     return WorkerView(
         worker_id=worker.worker_id,
         url=facts.info.url,
@@ -286,9 +288,10 @@ def worker_view(known: Known, worker: Worker) -> WorkerView:
         last_seen_s=round(known.now - worker.last_seen, 1),
         run_id=facts.info.run_id,
         devices=facts.devices,
+        set_aside_bytes=tuple(set_aside.get(each.index, Claim()).bytes for each in facts.devices),
         host=facts.host,
         engines=dict(facts.engines),
-        instances=tuple(sorted(name for _, name in known.pool.on_worker.get(worker.worker_id, ()))),
+        instances=tuple(sorted(each.instance for each in here)),
         draining=worker.worker_id in known.pool.draining,
         drain=tuple(_drain(known, worker)) if worker.worker_id in known.pool.draining else (),
     )
