@@ -52,6 +52,14 @@ def changes(round_: int) -> list[Change]:
             "register", "POST", "/admin/models/register", {"alias": a, "fake": True, "max_replicas": 1}, {a: 1}, 200
         ),
         Change("change", "PATCH", f"/admin/models/{a}", {"max_replicas": 7}, {a: 7}, 200),
+        Change(
+            "replace",
+            "POST",
+            "/admin/models/register?replace=true",
+            {"alias": a, "fake": True, "fake_capacity": 3, "max_replicas": 5},
+            {a: 5},
+            200,
+        ),
         Change("make a key", "POST", "/admin/keys", {"name": key}, {f"key {key}": True}, 409),
         Change("revoke", "DELETE", f"/admin/keys/{key}", {}, {f"key {key}": False}, 200),
         Change("remove", "DELETE", f"/admin/models/{a}", {}, {a: None}, 404),
