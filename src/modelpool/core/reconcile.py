@@ -65,8 +65,8 @@ from modelpool.core.scaling import Step, Wish, wish
 from modelpool.core.succession import is_succeeded, let_go, with_successors
 
 _STEPS_MAX = 64
-# What a round costs is counted in looks at a model, 50 µs each on a busy machine, so that it takes some 15 ms.
-_COST_MAX = 300.0
+# What a round costs is counted in looks at a model, 50 µs each on a busy machine, so that it takes some 10 ms.
+_COST_MAX = 200.0
 _LOOK_COST = 1.0
 _SORTED_MAX = 500
 """So many models are considered in one round."""
