@@ -18,7 +18,7 @@ from contextlib import suppress
 import h11
 import msgspec
 
-from modelpool.messages.routing import Update
+from modelpool.messages.routing import KEEPALIVE_S, Update
 from modelpool.relay import Endpoint
 from tests.abuse import EVENT_STREAM
 from tests.wire import chunk, response
@@ -400,7 +400,7 @@ class StrictEngine:
             elif isinstance(event, h11.EndOfMessage):
                 assert request is not None
                 self._look_at(request)
-                writer.write(self.answer(request, body))
+                await self.respond(request, body, writer)
                 connection.send(h11.Response(status_code=200, headers=[("Content-Length", "0")]))
                 connection.send(h11.EndOfMessage())
                 connection.start_next_cycle()
@@ -414,6 +414,9 @@ class StrictEngine:
             self.wrong.append(f"without the token: {request}")
         if not re.fullmatch(self.paths, request.target.partition(b"?")[0]):
             self.wrong.append(f"none of its business: {request}")
+
+    async def respond(self, request: h11.Request, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(self.answer(request, body))
 
     def answer(self, request: h11.Request, body: bytes) -> bytes:
         fields = dict(request.headers)
@@ -435,10 +438,17 @@ class StrictManager(StrictEngine):
         super().__init__()
         self._first = first
 
+    async def respond(self, request: h11.Request, body: bytes, writer: asyncio.StreamWriter) -> None:
+        if not request.target.startswith(b"/snapshots"):
+            return await super().respond(request, body, writer)
+        lines = b"".join(chunk(msgspec.json.encode(each) + b"\n") for each in self._first)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + lines)
+        while not writer.is_closing():
+            writer.write(chunk(b"\n"))
+            await asyncio.sleep(KEEPALIVE_S)
+        return None
+
     def answer(self, request: h11.Request, body: bytes) -> bytes:
-        if request.target.startswith(b"/snapshots"):
-            lines = b"".join(chunk(msgspec.json.encode(each) + b"\n") for each in self._first)
-            return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + lines
         answer = super().answer(request, body)
         return answer if request.method != b"HEAD" else answer[: answer.index(b"\r\n\r\n") + 4]
 
@@ -447,7 +457,7 @@ class StrictManager(StrictEngine):
 
 OURS_5XX = {
     502: {"upstream_failed"},
-    503: {"model_not_ready", "no_available_worker", "manager_away", "waiting_room_full", "too_many_ongoing"},
+    503: {"model_not_ready", "no_available_worker", "waiting_room_full", "too_many_ongoing"},
     504: {"upstream_timeout"},
 }
 """What of those above 499 the gateway may say."""
