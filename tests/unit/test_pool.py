@@ -207,6 +207,18 @@ def test_a_model_registered_again_waits_for_its_former_instance() -> None:
     assert started(effects) == [("w", "m")]
 
 
+@pytest.mark.parametrize("state", [S.ACTIVE, S.SLEEP_1, S.DRAINING])
+def test_what_was_there_and_is_no_more_is_gone_at_once_and_comes_back_where_it_is_wanted(state: S) -> None:
+    there = (
+        (0, ModelRegistered(model(replicas=1))),
+        (0, heard()),
+        (1, heard("w", report())),
+        (2, heard("w", report(state=state))),
+    )
+    _, effects = play(*there, (3, heard("w")))
+    assert [type(each) for each in effects] == [Start]
+
+
 def test_what_nobody_registered_is_left_alone_for_a_grace() -> None:
     pool, effects = play((0, heard("w", report())), (UNWANTED_GRACE_S - 1, heard("w", report())))
     assert effects == []

@@ -115,7 +115,7 @@ class _Ring:
         cells = self._cells
         # The entries before the first one whose sum is large enough must be out of the window.
         first = _first_at_least(self._sums, cells[_ENTRIES], cells[_TOTAL] - room)
-        return self._times[(first - 1) % _STEPS] + WINDOW_S - now
+        return max(0.0, self._times[(first - 1) % _STEPS] + WINDOW_S - now)
 
 
 class Row:

@@ -153,8 +153,11 @@ def _with_share(report: Report, model: Model | None, devices: tuple[Device, ...]
 
 
 def _may_be_on_its_way(instance: Instance) -> bool:
-    """A report may have been written before an order arrived: twice missing is gone. A refused order is not due yet."""
-    if instance.stopping:
+    """A report may have been written before an order arrived: twice missing is gone. A refused order is not due yet.
+
+    What was there in a report, and not only ordered, is gone at once.
+    """
+    if instance.stopping or instance.state not in (InstanceState.STARTING, InstanceState.FAILED):
         return False
     return not instance.acknowledged or instance.missing == 0 or instance.retry_at is not None
 
