@@ -40,7 +40,7 @@ class Manager:
 
 
 @asynccontextmanager
-async def registering(status: int, body: bytes) -> AsyncIterator[tuple[Manager, Registration]]:
+async def registering(status: int, body: bytes, interval_s: float = 60) -> AsyncIterator[tuple[Manager, Registration]]:
     """A registration that runs, with the manager that it knows."""
     manager = Manager(status, body)
     async with serving(manager.handle) as endpoint:
@@ -57,7 +57,7 @@ async def registering(status: int, body: bytes) -> AsyncIterator[tuple[Manager, 
             describe=describe,
             changed=asyncio.Event(),
             fence=Fence(lambda: True),
-            interval_s=60,
+            interval_s=interval_s,
         )
         running = asyncio.create_task(registration.run())
         try:
@@ -81,6 +81,23 @@ async def test_a_worker_says_goodbye_where_it_is_registered(caplog: pytest.LogCa
         await registration.unregister()
         assert manager.asked[-1] == "DELETE /workers/w/unregister?incarnation=1"
         assert f"unregistered at {manager.url}" in caplog.text
+
+
+@on_uvloop
+async def test_a_worker_whose_gateway_has_lost_the_manager_goes_on_to_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when the Ray of that gateway's node has ended, and the manager runs on another."""
+    other = Manager(200, b'{"gateways":[]}')
+    async with serving(other.handle) as endpoint:
+        gateways = f'{{"gateways":["http://127.0.0.1:{endpoint.port}"]}}'.encode()
+        async with registering(200, gateways, interval_s=0.05) as (manager, _):
+            await manager.was_asked(3)
+            manager.body = b'{"error":{"message":"The manager is away.","type":"x","param":null,"code":"manager_away"}}'
+            manager.status = 503
+            await other.was_asked(2)
+            assert other.asked[:2] == ["POST /workers/register", "POST /workers/w/heartbeat"]
+            assert f"not registered: {manager.url}: The manager is away" in caplog.text
 
 
 @pytest.mark.parametrize(

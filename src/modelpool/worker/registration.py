@@ -33,6 +33,10 @@ class Refused(Exception):
     """What answers there will not have this report; the text is its own, with what to do about it."""
 
 
+class NotHere(Exception):
+    """What answers there cannot take this report now; another gateway may. The text says why."""
+
+
 class NotRegistered(Exception):
     """The manager does not know this worker (any more)."""
 
@@ -81,7 +85,7 @@ class Registration:
                     await self._keep_reporting(http)
             except NotRegistered:
                 log.info("the manager at %s does not know this worker; registering again", self._url)
-            except (httpx.HTTPError, httpx.InvalidURL, Refused, OSError) as error:
+            except (httpx.HTTPError, httpx.InvalidURL, Refused, NotHere, OSError) as error:
                 self._note(self._trouble_with(error))
                 if not isinstance(error, Refused):
                     self._url = self._next_url()
@@ -102,7 +106,7 @@ class Registration:
                     log.info("unregistered at %s", self._url)
 
     def _trouble_with(self, error: Exception) -> str:
-        if isinstance(error, Refused):
+        if isinstance(error, Refused | NotHere):
             return f"{self._url}: {error}"
         text = f"no manager answers at {self._url}: {str(error) or type(error).__name__}"
         # At a control socket it is this machine's own manager, which is started again.
@@ -142,7 +146,7 @@ class Registration:
         self._told.clear()
 
     async def _keep_reporting(self, http: httpx.AsyncClient) -> None:
-        """Returns never. Raises NotRegistered, Refused, and what httpx raises when the manager is away."""
+        """Returns never. Raises NotRegistered, Refused, NotHere, and what httpx raises when the manager is away."""
         path = f"/workers/{quote(self._info.worker_id, safe='')}/heartbeat"
         while True:
             with suppress(TimeoutError):
@@ -165,6 +169,8 @@ class Registration:
         response = await http.post(path, content=msgspec.json.encode(message))
         if response.status_code == 404:
             raise NotRegistered
+        if response.status_code == 503:
+            raise NotHere(_refusal(response))
         if not response.is_success:
             raise Refused(_refusal(response))
         try:
@@ -173,8 +179,7 @@ class Registration:
         except msgspec.DecodeError:
             raise Refused(f"what answers there is no Model Pool; {_AWAY_HINT}") from None
         except Conflict as error:
-            self._url = self._next_url()
-            raise Refused(error.message) from None
+            raise NotHere(error.message) from None
         self._gateways = answer.gateways
 
 
