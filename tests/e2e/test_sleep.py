@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpool.testing.tiny_models import make_text_model
+from modelpool.testing.tiny_models import make_mixture_model, make_text_model
 from tests.e2e.ladder import Ladder, ladder, settled
 from tests.e2e.pool import Json, PoolProcess, eventually
 from tests.promised import promised
@@ -69,6 +69,21 @@ def test_each_level_gives_its_memory_back_and_answers_stay_the_same(
     for what, change in rows:
         before, after = (change[f"bytes_{when}"] / MB for when in ("before", "after"))
         print(f"{what:13} {before:5.0f} → {after:5.0f} MB in {change['seconds']:.3f} s")
+
+
+def test_a_mixture_of_experts_is_after_each_level_what_it_was(demo_pool: PoolProcess, tmp_path: Path) -> None:
+    small = {"enforce_eager": True, "max_num_seqs": PLACES, "kv_cache_memory_bytes": KV_CACHE}
+    demo_pool.register("experts", model_name=str(make_mixture_model(tmp_path)), engine_args=small, max_replicas=1)
+    demo_pool.wait_active("experts")
+    with ladder(demo_pool, "experts") as experts:
+        said, process = experts.says(), experts.report()["pid"]
+        for level in (1, 2):
+            settled(demo_pool, "experts")
+            experts.sleep(level)
+            experts.wake()
+            assert experts.says() == said
+        assert experts.report()["pid"] == process, "and not started again"
+    demo_pool.remove("experts")
 
 
 def _measured(ladder_: Ladder) -> Json | None:

@@ -1,4 +1,5 @@
-"""Models with random weights that vLLM serves like any other: a text model, an embedding model, a LoRA adapter.
+"""Models with random weights that vLLM serves like any other: a text model, a mixture of experts, an embedding model,
+a LoRA adapter.
 
 They are made without torch, in milliseconds, and speak through the demo model's tokenizer and chat template. The same
 arguments give the same bytes.
@@ -66,6 +67,36 @@ def make_text_model(
         folder / "model.safetensors",
         _text_weights(sizes, np.random.default_rng(seed), mute=(config["eos_token_id"], config["pad_token_id"])),
     )
+    return folder
+
+
+def make_mixture_model(folder: Path, *, seed: int = 0, experts: int = 4) -> Path:
+    """A chat model as `make_text_model` has it, with so many experts in each layer, of which two speak for a token."""
+    make_text_model(folder, seed=seed)
+    config, shape = _read(folder / "config.json"), _shape_of(folder)
+    config |= {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": shape.intermediate_size,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    _write(folder / "config.json", config)
+    random = np.random.default_rng(seed)
+    weights = _text_weights(shape, random, mute=(config["eos_token_id"], config["pad_token_id"]))
+    for layer in range(shape.num_hidden_layers):
+        block = f"model.layers.{layer}."
+        weights[block + "mlp.gate.weight"] = _normal(random, (experts, shape.hidden_size), 1.0)
+        for name, (rows, columns) in shape.linear_layers().items():
+            if name.startswith("mlp."):
+                del weights[f"{block}{name}.weight"]
+                for number in range(experts):
+                    expert = f"{block}mlp.experts.{number}.{name.removeprefix('mlp.')}.weight"
+                    weights[expert] = _normal(random, (rows, columns), columns**-0.5)
+    _save(folder / "model.safetensors", weights)
     return folder
 
 

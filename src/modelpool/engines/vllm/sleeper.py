@@ -35,6 +35,7 @@ class Sleeper:
             model = self.model_runner.get_model()
             give_back(model.parameters())
             _drop_packed(model)
+            _drop_expert_kernels(model)
         self.modelpool_level = level
         _LIBC.malloc_trim(0)
         return max(0, before - _resident_bytes())
@@ -87,6 +88,14 @@ def _drop_packed(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "cpu_linear"):
             module.cpu_linear = _asleep
+
+
+def _drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Have a reload make the kernels of mixtures of experts anew: one that is there does not pack its weights again."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def pack_again(model: torch.nn.Module) -> None:
