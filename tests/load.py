@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import threading
+import time
 from collections import Counter
+from typing import Any
 
 import httpx
 
 
 class Load:
-    """Requests, streams and plain ones in turn, until it is left; what came of them."""
+    """One client's requests, streams and plain ones in turn, each after the one before, until it is left; what came of
+    them.
+    """
 
     def __init__(self, url: str, alias: str, key: str) -> None:
         self.statuses: Counter[int | str] = Counter()
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60)
+        self._http = httpx.Client(base_url=url, headers=_headers(key), trust_env=False, timeout=60)
         self._alias = alias
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._ask)
@@ -28,13 +34,81 @@ class Load:
         self._http.close()
 
     def _ask(self) -> None:
-        stream = False
-        while not self._ending.wait(0.02):
-            stream = not stream
+        for stream in itertools.cycle((True, False)):
+            if self._ending.wait(0.02):
+                break
             body = {"model": self._alias, "prompt": "x", "stream": stream}
             try:
-                answer = self._http.post("/v1/completions", json=body)
-                broken = stream and answer.status_code == 200 and "[DONE]" not in answer.text
-                self.statuses["broken stream" if broken else answer.status_code] += 1
+                self.statuses[_outcome(self._http.post("/v1/completions", json=body), stream)] += 1
             except httpx.HTTPError as error:
                 self.statuses[type(error).__name__] += 1
+
+
+class ConstantLoad:
+    """So many requests a second to each of these gateways in turn, however long they take: plain ones and streams, by
+    turns. `slowest_s` is the longest that one took.
+    """
+
+    def __init__(self, urls: list[str], alias: str, key: str, per_second: float, **body: Any) -> None:
+        self.streams = 0
+        self.slowest_s = 0.0
+        self._outcomes: Counter[int | str] = Counter()
+        self._urls = urls
+        self._key = key
+        self._per_second = per_second
+        self._body = {"model": alias, "prompt": "x", **body}
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> ConstantLoad:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    @property
+    def requests(self) -> int:
+        return self._outcomes.total()
+
+    def failures(self) -> Counter[int | str]:
+        """What came instead of an answer."""
+        return Counter({what: count for what, count in self._outcomes.items() if what != 200})
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=None)
+        due = time.monotonic()
+        async with (
+            httpx.AsyncClient(headers=_headers(self._key), trust_env=False, timeout=120, limits=limits) as http,
+            asyncio.TaskGroup() as asking,
+        ):
+            for stream, url in zip(self._turns(), itertools.cycle(self._urls), strict=False):
+                if self._ending.is_set():
+                    break
+                asking.create_task(self._ask(http, url, stream))
+                due += 1 / self._per_second
+                await asyncio.sleep(due - time.monotonic())
+
+    def _turns(self) -> itertools.cycle[bool]:
+        """Each gateway gets both kinds."""
+        return itertools.cycle([False] * len(self._urls) + [True] * len(self._urls))
+
+    async def _ask(self, http: httpx.AsyncClient, url: str, stream: bool) -> None:
+        began = time.monotonic()
+        try:
+            outcome = _outcome(await http.post(f"{url}/v1/completions", json={**self._body, "stream": stream}), stream)
+        except httpx.HTTPError as error:
+            outcome = type(error).__name__
+        self._outcomes[outcome] += 1
+        self.streams += stream
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _outcome(answer: httpx.Response, stream: bool) -> int | str:
+    broken = stream and answer.status_code == 200 and "[DONE]" not in answer.text
+    return "broken stream" if broken else answer.status_code

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,10 @@ def ray_processes(home: Path) -> list[psutil.Process]:
 
 def kill_ray(home: Path) -> None:
     """As when the node loses its power, but for the gateway processes."""
-    for process in ray_processes(home):
+    processes = ray_processes(home)
+    for process in processes:
         process.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def _title(process: psutil.Process) -> str:
@@ -125,7 +127,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, **more: str) -> dict[str, str]:
     ours = ("MODELPOOL_", "SERVE_", "RAY_", "WORKER_", "MANAGER_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {
@@ -140,6 +142,7 @@ def environment(folder: Path) -> dict[str, str]:
         "WORKER_ID": "w1",
         "WORKER_PORT": "0",
         "SPT_NOENV": "1",
+        **more,
     }
 
 
@@ -166,13 +169,14 @@ def ray_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def deployed_pool(*, dashboard: bool = False) -> Iterator[RayPool]:
-    """`modelpool deploy` and a worker until the block ends; then `undeploy`, after which not one process is left.
+def deployed_pool(*, dashboard: bool = False, **environ: str) -> Iterator[RayPool]:
+    """`modelpool deploy` and a worker until the block ends; then `undeploy`, after which not one process is left, but
+    for the Ray of nodes that were added.
 
     The dashboard is what `serve status` asks, and most of the work of Ray's start.
     """
     with ray_folder() as folder:
-        given = environment(folder)
+        given = environment(folder, **environ)
         more = (
             " --dashboard-port=0"
             if dashboard
@@ -194,6 +198,8 @@ def deployed_pool(*, dashboard: bool = False) -> Iterator[RayPool]:
                 ray.shutdown()
             done = modelpool("undeploy", environ=given)
             assert done.returncode == 0, done.stdout + done.stderr
+            for home in folder.glob("home?*"):
+                kill_ray(home)
         finally:
             left = processes_of(given["MODELPOOL_RUN_ID"])
             for each in left:
@@ -203,14 +209,18 @@ def deployed_pool(*, dashboard: bool = False) -> Iterator[RayPool]:
 
 
 @contextmanager
-def started_worker(folder: Path, environ: dict[str, str], url: str) -> Iterator[subprocess.Popen[str]]:
-    """`scripts/start_worker.sh`, registered at this gateway."""
+def started_worker(
+    folder: Path, environ: dict[str, str], url: str, within: Callable[[list[str]], list[str]] = list
+) -> Iterator[subprocess.Popen[str]]:
+    """`scripts/start_worker.sh`, registered at this gateway; `within` says by which command it is run."""
+    name = f"worker-{environ['WORKER_ID']}"
     given = {**environ, "MANAGER_URL": url, "MODELPOOL_TOKEN": (folder / "home" / "cluster-token").read_text().strip()}
-    given["MODELPOOL_HOME"] = str(folder / f"worker-{given['WORKER_ID']}")
+    given["MODELPOOL_HOME"] = str(folder / name)
     process = subprocess.Popen(
-        [str(SCRIPTS / "start_worker.sh")],
+        within([str(SCRIPTS / "start_worker.sh")]),
         env={**given, "PATH": f"{BIN}:{given['PATH']}"},
-        stdout=(folder / "worker.log").open("w"),
+        cwd=SCRIPTS.parent,
+        stdout=(folder / f"{name}.log").open("w"),
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
