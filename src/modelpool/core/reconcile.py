@@ -66,7 +66,7 @@ from modelpool.core.succession import is_succeeded, let_go, with_successors
 
 _STEPS_MAX = 64
 # What a round costs is counted in looks at a model, 50 µs each on a busy machine, so that it takes some 10 ms.
-_COST_MAX = 200.0
+_COST_MAX = 150.0
 _LOOK_COST = 1.0
 _SORTED_MAX = 500
 """So many models are considered in one round."""
