@@ -65,23 +65,7 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
                 news=pool.news | {model.alias},
             )
         case ModelRemoved(alias):
-            unwanted = {
-                key_of(each): replace(each, unwanted_since=now - UNWANTED_GRACE_S) for each in instances_of(pool, alias)
-            }
-            return replace(
-                touched(with_instances(pool, unwanted), [alias]),
-                models=without(pool.models, alias),
-                news=pool.news | {alias},
-                hopeless=pool.hopeless - {alias},
-                due=without(pool.due, alias),
-                shortages=without(pool.shortages, alias),
-                learned=without(pool.learned, alias),
-                demand=without(pool.demand, alias),
-                heard_of={gateway: models - {alias} for gateway, models in pool.heard_of.items()},
-                wanted_up=pool.wanted_up - {alias},
-                stepped_at=without(pool.stepped_at, alias),
-                wishes=without(pool.wishes, alias),
-            )
+            return _removed(pool, alias, now)
         case WorkerReported():
             return reported(pool, event, now)
         case WorkerGone():
@@ -115,6 +99,26 @@ def apply(pool: Pool, event: Event, now: float) -> Pool:
             )
         case Tick():
             return _time_passed(pool, now)
+
+
+def _removed(pool: Pool, alias: str, now: float) -> Pool:
+    unwanted = {
+        key_of(each): replace(each, unwanted_since=now - UNWANTED_GRACE_S) for each in instances_of(pool, alias)
+    }
+    return replace(
+        touched(with_instances(pool, unwanted), [alias]),
+        models=without(pool.models, alias),
+        news=pool.news | {alias},
+        hopeless=pool.hopeless - {alias},
+        due=without(pool.due, alias),
+        shortages=without(pool.shortages, alias),
+        learned=without(pool.learned, alias),
+        demand=without(pool.demand, alias),
+        heard_of={gateway: models - {alias} for gateway, models in pool.heard_of.items()},
+        wanted_up=pool.wanted_up - {alias},
+        stepped_at=without(pool.stepped_at, alias),
+        wishes=without(pool.wishes, alias),
+    )
 
 
 def registered(pool: Pool, events: Sequence[ModelRegistered], now: float) -> Pool:
