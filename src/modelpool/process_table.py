@@ -69,3 +69,11 @@ def with_variable(variable: str, value: str, proc: Path = PROC) -> list[int]:
             if wanted in environment.split(b"\0"):
                 found.append(int(entry))
     return found
+
+
+def command_line(pid: int, proc: Path = PROC) -> list[str]:
+    """Its arguments; none of one that has ended."""
+    try:
+        return (proc / str(pid) / "cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []

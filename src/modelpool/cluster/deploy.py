@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from modelpool.cluster import APPLICATION, MANAGER, NAMESPACE
 from modelpool.cluster.actor import STREAMS, ManagerActor
 from modelpool.cluster.gateway import Gateway
 from modelpool.cluster.gateways import end_left_behind
-from modelpool.cluster.head import address_of_head, end_head, remember_head, runs_here, start_head
+from modelpool.cluster.head import address_of_head, end_head, remember_head, start_head
 from modelpool.cluster.nodes import live_nodes
 from modelpool.gateway.auth import check_exposure
 from modelpool.home import Home
@@ -27,6 +28,7 @@ from modelpool.process import StartupError
 from modelpool.settings import Settings
 
 _MANAGER_S = 90.0
+_CONNECT_S = 5.0
 _POLL_S = 0.1
 
 
@@ -71,7 +73,7 @@ def undeploy(settings: Settings) -> None:
     """
     home = Home(settings.home_path)
     try:
-        if settings.cluster.ray_address or runs_here(home):
+        if settings.cluster.ray_address or address_of_head(home):
             with _connected(settings, home, start=False):
                 serve.delete(APPLICATION)
                 if not serve.status().applications:
@@ -103,22 +105,25 @@ def _connected(settings: Settings, home: Home, *, start: bool) -> Iterator[None]
 
 def _join_own(settings: Settings, home: Home, *, start: bool) -> None:
     """The Ray that was started for this home. One that lost its head is ended, and started anew."""
-    if runs_here(home):
+    if address := address_of_head(home):
         try:
-            _join(address_of_head(home), settings)
+            _join(address, settings)
             return
         except StartupError:
             if not start:
                 raise
-            end_head(home)
+    end_head(home)
     start_head(home, settings.cluster.ray_args)
-    _join("auto", settings)
-    remember_head(home, ray.get_runtime_context().gcs_address)
+    address = address_of_head(home)
+    remember_head(home, address)
+    _join(address, settings)
 
 
 def _join(address: str, settings: Settings) -> None:
+    """Raises StartupError."""
     working_dir = settings.cluster.working_dir
     try:
+        _check_reachable(address)
         ray.init(
             address=address,
             namespace=NAMESPACE,
@@ -126,8 +131,15 @@ def _join(address: str, settings: Settings) -> None:
             logging_level=logging.ERROR,
             runtime_env={"working_dir": working_dir} if working_dir else None,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise StartupError(f"Ray cannot be reached at {address}: {error}", "RAY_ADDRESS names the cluster.") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would try for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
 
 
 def _check_store(settings: Settings) -> None:

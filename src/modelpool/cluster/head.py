@@ -12,11 +12,12 @@ from pathlib import Path
 from modelpool.home import Home
 from modelpool.process import StartupError
 from modelpool.process_group import reap
-from modelpool.process_table import with_variable
+from modelpool.process_table import command_line, with_variable
 from modelpool.settings import ENVIRONMENT
 
 TAG = "MODELPOOL_RAY_OF"
 _DEADLINE_S = 300.0
+_GCS_ADDRESS = "--gcs-address="
 
 
 def start_head(home: Home, arguments: str) -> None:
@@ -45,21 +46,21 @@ def start_head(home: Home, arguments: str) -> None:
         )
 
 
-def runs_here(home: Home) -> bool:
-    """Whether a Ray that was started for this home runs."""
-    return bool(with_variable(TAG, str(home.path)))
+def address_of_head(home: Home) -> str:
+    """Of the head that runs here for this home, as its raylet was told; "" where there is none.
+
+    Ray's own "auto" may find the raylet of another cluster on this machine.
+    """
+    for pid in with_variable(TAG, str(home.path)):
+        for argument in command_line(pid):
+            if argument.startswith(_GCS_ADDRESS):
+                return argument.removeprefix(_GCS_ADDRESS)
+    return ""
 
 
 def remember_head(home: Home, address: str) -> None:
+    """For people, in `run/ray-address`."""
     _address_file(home).write_text(address)
-
-
-def address_of_head(home: Home) -> str:
-    """Where it is; "auto" if that is not known."""
-    try:
-        return _address_file(home).read_text()
-    except OSError:
-        return "auto"
 
 
 def end_head(home: Home) -> None:
