@@ -140,8 +140,10 @@ class Child:
         return started, reader
 
     async def keep(self) -> None:
-        """Start it again whenever it dies, with a growing pause while it keeps dying; until cancelled, or dismissed."""
-        pause = RESTART_INITIAL_S
+        """Start it again whenever it dies, at once, but with a growing pause while it keeps dying; until cancelled, or
+        dismissed.
+        """
+        pause = 0.0
         loop = asyncio.get_running_loop()
         while True:
             since = loop.time()
@@ -152,9 +154,9 @@ class Child:
             told = "without a parent to tell how" if status is None else _status_text(status)
             self._notice(f"the {self.part} ended ({told}) and is started again; see {self.log_path}")
             if loop.time() - since > RESTART_MAX_S:
-                pause = RESTART_INITIAL_S
+                pause = 0.0
             await asyncio.sleep(pause)
-            pause = min(RESTART_MAX_S, pause * 2)
+            pause = min(RESTART_MAX_S, max(RESTART_INITIAL_S, pause * 2))
             try:
                 await self.start()
             except (StartupError, OSError, msgspec.DecodeError) as error:
