@@ -7,9 +7,10 @@ import itertools
 import threading
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+from openai import OpenAI, OpenAIError
 
 
 class Load:
@@ -44,15 +45,23 @@ class Load:
                 self.statuses[type(error).__name__] += 1
 
 
+class Asked(NamedTuple):
+    """One request: where, when (by `time.monotonic`), and what came: 200, or what instead of an answer."""
+
+    url: str
+    began: float
+    ended: float
+    outcome: int | str
+
+
 class ConstantLoad:
     """So many requests a second to each of these gateways in turn, however long they take: plain ones and streams, by
-    turns. `slowest_s` is the longest that one took.
+    turns.
     """
 
     def __init__(self, urls: list[str], alias: str, key: str, per_second: float, **body: Any) -> None:
+        self.asked: list[Asked] = []
         self.streams = 0
-        self.slowest_s = 0.0
-        self._outcomes: Counter[int | str] = Counter()
         self._urls = urls
         self._key = key
         self._per_second = per_second
@@ -69,12 +78,15 @@ class ConstantLoad:
         self._thread.join()
 
     @property
-    def requests(self) -> int:
-        return self._outcomes.total()
+    def slowest_s(self) -> float:
+        return max(each.ended - each.began for each in self.asked)
+
+    def failed(self) -> list[Asked]:
+        return [each for each in self.asked if each.outcome != 200]
 
     def failures(self) -> Counter[int | str]:
         """What came instead of an answer."""
-        return Counter({what: count for what, count in self._outcomes.items() if what != 200})
+        return Counter(each.outcome for each in self.failed())
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=None)
@@ -100,9 +112,44 @@ class ConstantLoad:
             outcome = _outcome(await http.post(f"{url}/v1/completions", json={**self._body, "stream": stream}), stream)
         except httpx.HTTPError as error:
             outcome = type(error).__name__
-        self._outcomes[outcome] += 1
         self.streams += stream
-        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        self.asked.append(Asked(url, began, time.monotonic(), outcome))
+
+
+class SdkLoad:
+    """Plain requests to one gateway by the `openai` SDK as it comes, each after the one before, until it is left. It
+    asks again by itself (`retries`) where a connection is refused or breaks.
+    """
+
+    def __init__(self, url: str, alias: str, key: str, **body: Any) -> None:
+        self.requests = 0
+        self.retries = 0
+        self.slowest_s = 0.0
+        self.failures: Counter[str] = Counter()
+        self._client = OpenAI(base_url=f"{url}/v1", api_key=key)
+        self._body = {"model": alias, "prompt": "x", **body}
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> SdkLoad:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._client.close()
+
+    def _ask(self) -> None:
+        while not self._ending.wait(0.02):
+            began = time.monotonic()
+            try:
+                answer = self._client.completions.with_raw_response.create(**self._body)
+                self.retries += answer.retries_taken
+            except OpenAIError as error:
+                self.failures[f"{type(error).__name__}: {error}"] += 1
+            self.requests += 1
+            self.slowest_s = max(self.slowest_s, time.monotonic() - began)
 
 
 def _headers(key: str) -> dict[str, str]:

@@ -74,20 +74,23 @@ class RayPool(PoolProcess):
     def add_node(self, number: int) -> Path:
         """Another node, whose gateway listens on 127.0.0.<number>; its home, once the gateway serves."""
         home = self.folder / f"home{number}"
-        environ = {**self.environ, "MODELPOOL_HOME": str(home), "SERVE_HOST": f"127.0.0.{number}", TAG: str(home)}
-        environ |= {"SERVE_PORT": "0", "SPT_NOENV": "1"}
-        command = [str(BIN / "ray"), "start", f"--address={self.ray_address}", "--disable-usage-stats"]
-        command += _SMALL.split()
+        self._ray_start(home, f"--address={self.ray_address} {_SMALL}", SERVE_HOST=f"127.0.0.{number}")
+        eventually(lambda: local_address(Settings(home=str(home))), 120, lambda: f"a gateway of {home}")
+        return home
+
+    def start_head(self) -> None:
+        """Where it was, with what it was started with, but not by `deploy`."""
+        self._ray_start(self.home, f"--head {self.environ['MODELPOOL_RAY_ARGS']}")
+
+    def _ray_start(self, home: Path, arguments: str, **more: str) -> None:
+        environ = {**self.environ, "MODELPOOL_HOME": str(home), "SERVE_PORT": "0", "SPT_NOENV": "1", TAG: str(home)}
+        command = [str(BIN / "ray"), "start", "--disable-usage-stats", *arguments.split()]
         for _ in range(RAY_STARTS):
-            done = subprocess.run(
-                [*command, "--disable-usage-stats"], env=environ, capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(command, env={**environ, **more}, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break
             kill_ray(home)
         assert done.returncode == 0, done.stderr
-        eventually(lambda: local_address(Settings(home=str(home))), 120, lambda: f"a gateway of {home}")
-        return home
 
     def node_url(self, home: Path) -> str:
         address = local_address(Settings(home=str(home)))
@@ -169,11 +172,12 @@ def ray_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def deployed_pool(*, dashboard: bool = False, **environ: str) -> Iterator[RayPool]:
+def deployed_pool(*, dashboard: bool = False, ray_args: str = "", **environ: str) -> Iterator[RayPool]:
     """`modelpool deploy` and a worker until the block ends; then `undeploy`, after which not one process is left, but
     for the Ray of nodes that were added.
 
-    The dashboard is what `serve status` asks, and most of the work of Ray's start.
+    `ray_args` are more arguments for the head. The dashboard is what `serve status` asks, and most of the work of Ray's
+    start.
     """
     with ray_folder() as folder:
         given = environment(folder, **environ)
@@ -182,7 +186,7 @@ def deployed_pool(*, dashboard: bool = False, **environ: str) -> Iterator[RayPoo
             if dashboard
             else " --include-dashboard=false --include-log-monitor=false --no-monitor"
         )
-        given["MODELPOOL_RAY_ARGS"] += more
+        given["MODELPOOL_RAY_ARGS"] += f"{more} {ray_args}"
         try:
             for _ in range(RAY_STARTS):
                 done = modelpool("deploy", "--json", environ=given)
