@@ -74,28 +74,14 @@ class Child:
     def pid(self) -> int | None:
         return self._group.leader if self._group else None
 
-    def adopt(self, url: str) -> bool:
-        """Take over the process that was left behind under our tag, which serves at `url`. False: there is none."""
-        for pid in with_variable(DETACHED, self._tag):
-            with contextlib.suppress(ProcessLookupError):
-                self._group = ProcessGroup(pid)
-                self.url = url
-                return True
-        return False
-
-    async def replace(self) -> str:
-        """Start another in the place of the one that runs, and end that: somebody serves all the while. StartupError.
-
-        Both have a socket of their own at the same address.
-        """
-        old = self._group
-        url = await self.start()
-        if old is not None:
-            await _ended_in_time(old)
-        return url
+    def adopt(self, pid: int, url: str) -> None:
+        """Take over a process that was left behind under our tag and serves at `url`. Raises ProcessLookupError."""
+        self._group = ProcessGroup(pid)
+        self.url = url
 
     async def start(self) -> str:
         """Start and wait until it serves; the URL where. Raises StartupError with its own reason and hint."""
+        others = with_variable(DETACHED, self._tag) if self._tag else []
         announcement = await self._started()
         if isinstance(announcement, Ready):
             self.url = announcement.url
@@ -104,7 +90,7 @@ class Child:
             if self._port_variable:  # a port that was any free one stays the same through restarts
                 self._environ[self._port_variable] = self.url.rsplit(":", 1)[1]
             return self.url
-        await self._end_failed()
+        await self._end_failed(others)
         reason = announcement.reason if announcement else f"it ended before it was ready; see {self.log_path}"
         raise StartupError(f"the {self.part} cannot start: {reason}", announcement.hint if announcement else "")
 
@@ -175,22 +161,22 @@ class Child:
         group, self._group = self._group, None
         if group is None:
             return
-        await _ended_in_time(group)
+        await ended_in_time(group)
         if self._own is not None:
             self._own.wait()
 
-    async def _end_failed(self) -> None:
-        """End what was started and did not say that it is ready; not the one in whose place it was to come."""
+    async def _end_failed(self, others: list[int]) -> None:
+        """End what was started and did not say that it is ready; not the others of its tag, in whose place it comes."""
         if not self._tag:
             await self.end()
             return
         for pid in with_variable(DETACHED, self._tag):
-            if pid != self.pid:
+            if pid not in others:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
 
-async def _ended_in_time(group: ProcessGroup) -> None:
+async def ended_in_time(group: ProcessGroup) -> None:
     """SIGTERM; SIGKILL to its session when it has not ended in time."""
     group.terminate()
     try:

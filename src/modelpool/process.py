@@ -13,12 +13,15 @@ from collections.abc import Mapping
 import msgspec
 import setproctitle
 
+from modelpool.process_table import command_line
+
 READY_FD = "MODELPOOL_READY_FD"
 DETACHED = "MODELPOOL_DETACHED"
 """Set to a name for a process that outlives whoever started it, and is found again by that name."""
 RUN_ID = "MODELPOOL_RUN_ID"
 DISMISSED = 20
 """The exit status of a part that its pool needs no more: it is not started again."""
+_RETIRING = "modelpool: retiring "
 _PR_SET_PDEATHSIG = 1
 _COLLECT = 5_000, 10, 100
 """The young objects' collection takes 1 ms, the next one's 10 ms; a full one comes after five million new objects."""
@@ -63,6 +66,17 @@ def enter(part: str, *, log_level: str = "info") -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if os.environ.get(READY_FD) and not os.environ.get(DETACHED):
         end_with_parent()
+
+
+def enter_retirement(part: str) -> None:
+    """Be known as one that only ends what it has begun (`is_retiring`)."""
+    setproctitle.setproctitle(f"{_RETIRING}{part}")
+
+
+def is_retiring(pid: int) -> bool:
+    """Whether that process of ours takes nothing new, or is no more."""
+    title = "".join(command_line(pid)[:1])
+    return not title or title.startswith(_RETIRING)
 
 
 def detach() -> None:

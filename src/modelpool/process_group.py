@@ -45,6 +45,11 @@ class ProcessGroup:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
+    def retire(self) -> None:
+        """SIGQUIT to the leader: take nothing new, and end when all is done."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGQUIT)
+
     def kill(self) -> None:
         """SIGKILL to the leader and to its whole group."""
         with suppress(ProcessLookupError):

@@ -56,18 +56,21 @@ def family(leader: int, processes: Iterable[Process]) -> list[Process]:
     return [each for each in table if each.pid in members and not each.ended]
 
 
-def with_variable(variable: str, value: str, proc: Path = PROC) -> list[int]:
-    """The ids of all processes that were started with this environment variable. Those we may not read are left out."""
-    wanted = f"{variable}={value}".encode()
-    found = []
+def values_of(variable: str, proc: Path = PROC) -> dict[int, str]:
+    """What the environment variable is in all processes that were started with it, by their ids. Those we may not read
+    are left out.
+    """
+    wanted = f"{variable}=".encode()
+    found = {}
     for entry in os.listdir(proc):
         if entry.isdecimal():
             try:
                 environment = (proc / entry / "environ").read_bytes()
             except OSError:
                 continue  # it has ended, or is not ours
-            if wanted in environment.split(b"\0"):
-                found.append(int(entry))
+            for each in environment.split(b"\0"):
+                if each.startswith(wanted):
+                    found[int(entry)] = os.fsdecode(each[len(wanted) :])
     return found
 
 
@@ -77,3 +80,8 @@ def command_line(pid: int, proc: Path = PROC) -> list[str]:
         return (proc / str(pid) / "cmdline").read_text(errors="replace").split("\0")
     except OSError:
         return []
+
+
+def with_variable(variable: str, value: str, proc: Path = PROC) -> list[int]:
+    """The ids of all processes that were started with this environment variable. Those we may not read are left out."""
+    return [pid for pid, found in values_of(variable, proc).items() if found == value]

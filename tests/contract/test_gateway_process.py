@@ -18,9 +18,11 @@ import openai
 import psutil
 import pytest
 
+from modelpool.gateway.handover import taken_over
 from modelpool.home import Home
-from modelpool.process import READY_FD, Announcement, NotStarted, Ready
+from modelpool.process import READY_FD, Announcement, NotStarted, Ready, is_retiring
 from modelpool.relay import Endpoint
+from modelpool.tcp import LISTEN_FD
 from tests.contract.test_gateway_control import Manager
 from tests.gateway_world import Client, World, chat, entry, gateway, request, snapshot_of
 from tests.wire import Unfinished, chunk, on_uvloop, read_message, response, serving
@@ -41,19 +43,27 @@ class Gateway:
     async def connect(self) -> Client:
         return Client(*await asyncio.open_connection(*self.endpoint))
 
+    @property
+    def clients(self) -> set[int]:
+        """The ports of those whose connections it has."""
+        return {each.raddr.port for each in psutil.Process(self.process.pid).net_connections("tcp") if each.raddr}
+
 
 @asynccontextmanager
-async def started(home: Path, log: IO[bytes] | None = None, /, **environ: str) -> AsyncIterator[Gateway]:
+async def started(
+    home: Path, log: IO[bytes] | None = None, sock: socket.socket | None = None, /, **environ: str
+) -> AsyncIterator[Gateway]:
     # In place of the system's memory, where it would stay: nobody knows here which gateway of a home is the last.
     (home / "run" / "gateway").mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
+    handed = {LISTEN_FD: str(sock.fileno())} if sock else {}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "modelpool.gateway",
-        pass_fds=(writer,),
+        pass_fds=(writer, *map(int, handed.values())),
         stderr=log,
-        env={**os.environ, "MODELPOOL_HOME": str(home), "SERVE_PORT": "0", READY_FD: str(writer), **environ},
+        env={**os.environ, "MODELPOOL_HOME": str(home), "SERVE_PORT": "0", READY_FD: str(writer), **handed, **environ},
     )
     os.close(writer)
     try:
@@ -146,6 +156,54 @@ async def test_told_to_end_it_lets_requests_finish_unless_told_again(tmp_path: P
             go_on.set()
             assert (await client.answer()).body == b"done"
             assert await running.process.wait() == 0
+
+
+@on_uvloop
+async def test_retiring_it_hands_its_socket_on_and_fails_nobody(tmp_path: Path) -> None:
+    """Neither those whose connection it has, busy or idle, nor those that come."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_message(reader)
+            asked.set()
+            await go_on.wait()
+            writer.write(response(b"done"))
+
+    async with AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(serving(handle))
+        manager = Manager(tmp_path)
+        manager.first = snapshot_of(entry("m", [endpoint]))
+        await stack.enter_async_context(serving(manager, path=Home(tmp_path).control_socket))
+        old = await stack.enter_async_context(started(tmp_path))
+        busy, idle = await old.connect(), await old.connect()
+        while (await idle.ask(request("GET", "/v1/models"))).status != 200:
+            await asyncio.sleep(0.01)
+        busy.send(chat())
+        await asked.wait()
+
+        sock = taken_over(old.process.pid)
+        assert sock is not None
+        new = await stack.enter_async_context(started(tmp_path, None, sock))
+        sock.close()
+        assert new.endpoint == old.endpoint
+        old.process.send_signal(signal.SIGQUIT)
+        while not is_retiring(old.process.pid):
+            await asyncio.sleep(0.01)
+        assert taken_over(old.process.pid) is None
+        while True:
+            client = await new.connect()
+            assert (await client.ask(request("GET", "/health"))).status == 200
+            if client.writer.get_extra_info("sockname")[1] in new.clients:
+                break
+
+        answer = await idle.ask(request("GET", "/health"))
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        go_on.set()
+        assert (await busy.answer()).body == b"done"
+        last = await busy.ask(chat())
+        assert (last.body, last.headers["connection"]) == (b"done", "close")
+        assert await old.process.wait() == 0
 
 
 COMPLETION = {

@@ -110,7 +110,7 @@ class Transport(asyncio.Transport):
 class Taking:
     """An Application and an Owner that keep what comes."""
 
-    ending = False
+    ending = retiring = False
 
     def __init__(self) -> None:
         self.read: Read = []

@@ -9,13 +9,15 @@ import signal
 import socket
 import ssl
 import sys
+from contextlib import suppress
 
 import uvloop
 
 from modelpool import process
 from modelpool.gateway.auth import check_exposure
 from modelpool.gateway.client_limits import Limits
-from modelpool.gateway.listener import listening
+from modelpool.gateway.handover import keep_offering
+from modelpool.gateway.listener import Listener, listening
 from modelpool.gateway.parts import assembled
 from modelpool.home import Home
 from modelpool.settings import Settings, SettingsError, from_environment
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """What is being served gets this long to finish."""
+RETIRING_S = 24 * 3600.0
+"""What one that retires serves gets this long."""
 FIRST_SNAPSHOT_S = 2.0
 """Who connects waits for so long at first, until it is known which models there are."""
 _DESCRIPTORS_SPARE = 512
@@ -54,9 +58,13 @@ def main() -> int:
 
 
 async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-    """Serve until SIGTERM or SIGINT, and then until what is being served has ended, or a second signal came."""
+    """Serve until SIGTERM or SIGINT, and then until what is being served has ended, or a second signal came.
+
+    SIGQUIT has it retire, while another process serves at the same address.
+    """
     gateway = settings.gateway
-    ending = ending_signal()
+    ending, retiring = ending_signal(), asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, retiring.set)
     max_ongoing = gateway.max_ongoing_requests or ongoing_max()
     async with assembled(settings, home, max_ongoing=max_ongoing) as parts, asyncio.TaskGroup() as tasks:
         beside = [parts.feed.follow(), parts.node.keep_reaping(), parts.demand.keep_reporting()]
@@ -67,12 +75,26 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
         limits = Limits(body_bytes=gateway.max_body_bytes)
         async with listening(sock, parts.app, limits, grace_s=GRACE_S, tls=tls) as listener:
             background.append(tasks.create_task(parts.observers.keep_saying(parts.feed, listener)))
+            offering = tasks.create_task(keep_offering(sock))
+            background += [offering, tasks.create_task(_retire(listener, retiring, offering, ending))]
             process.calm_collector()
             process.announce(process.Ready(url_of(sock, gateway.scheme)))
             await ending.wait()
             log.info("ending")
         for each in background:
             each.cancel()
+
+
+async def _retire(listener: Listener, told: asyncio.Event, offering: asyncio.Task[None], ending: asyncio.Event) -> None:
+    """Once told to: serve those who are here until they leave, then end."""
+    await told.wait()
+    process.enter_retirement("gateway")
+    log.info("retiring")
+    offering.cancel()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(RETIRING_S):
+            await listener.retire()
+    ending.set()
 
 
 def ending_signal() -> asyncio.Event:

@@ -47,6 +47,10 @@ class Owner(Protocol):
     def ending(self) -> bool:
         """Whether no more requests are taken."""
 
+    @property
+    def retiring(self) -> bool:
+        """Whether the next request of each connection is its last."""
+
     def joined(self, connection: ClientConnection) -> None: ...
 
     def left(self, connection: ClientConnection) -> None:
@@ -348,7 +352,7 @@ class ClientConnection(asyncio.Protocol):
             self._linger()
             return
         self._serving = item
-        self._closing = item.http10 or not item.keep_alive or item.upgrade
+        self._closing = item.http10 or not item.keep_alive or item.upgrade or self._owner.retiring
         self._task = self._loop.create_task(self._serve(item))
 
     def _read_on(self) -> None:

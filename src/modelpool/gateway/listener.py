@@ -25,6 +25,8 @@ class Listener:
 
     def __init__(self) -> None:
         self.ending = False
+        self.retiring = False
+        self.servers: list[asyncio.Server] = []
         self._connections: set[ClientConnection] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -53,6 +55,18 @@ class Listener:
                 if number % CHECKED == 0:
                     await asyncio.sleep(0)
 
+    async def retire(self) -> None:
+        """Take no more connections, and return once all that there are have ended. What comes through them is served,
+        and answered as their last: closed under a client that is about to use it, one would be an error there.
+        """
+        self.retiring = True
+        self.stop_listening()
+        await self._empty.wait()
+
+    def stop_listening(self) -> None:
+        for server in self.servers:
+            server.close()
+
     async def end(self, grace_s: float) -> None:
         """Let what is being served finish for up to `grace_s`, then cut it. Returns when all of it has ended."""
         self.ending = True
@@ -74,8 +88,8 @@ async def listening(
     """Serve `app` on a bound socket. Left, no connection and no request of it is alive."""
     loop = asyncio.get_running_loop()
     listener = Listener()
-    servers = [
-        await loop.create_server(
+    for each in (sock, *(sock.dup() for _ in range(ACCEPTED - 1))):
+        server = await loop.create_server(
             lambda: ClientConnection(app, listener, limits, loop),
             sock=each,
             backlog=BACKLOG,
@@ -83,14 +97,12 @@ async def listening(
             ssl_handshake_timeout=limits.head_s if tls else None,
             ssl_shutdown_timeout=limits.linger_s if tls else None,
         )
-        for each in (sock, *(sock.dup() for _ in range(ACCEPTED - 1)))
-    ]
+        listener.servers.append(server)
     async with asyncio.TaskGroup() as tasks:
         deadlines = tasks.create_task(listener.enforce_deadlines(limits.check_s))
         try:
             yield listener
         finally:
-            for server in servers:
-                server.close()
+            listener.stop_listening()
             await listener.end(grace_s)
             deadlines.cancel()
