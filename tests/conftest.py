@@ -19,7 +19,7 @@ class Schedule(LoadFileScheduling):  # type: ignore[misc]
 
     TOGETHER: ClassVar = {
         "engine": ("docs", "engine_aborts", "parity", "real_engine", "sleep", "vllm_engine"),
-        "ray": ("manager_port", "ray"),
+        "ray": ("manager_port", "ray", "ray_roll"),
     }
 
     def _split_scope(self, nodeid: str) -> str:
@@ -54,5 +54,5 @@ def ray_pool() -> Iterator[RayPool]:
     """One pool on Ray, for all tests that leave it as it was: it takes a while to start."""
     from tests.ray_pool import deployed_pool  # not for those who need no Ray: its import takes seconds
 
-    with deployed_pool() as pool:
+    with deployed_pool(MODELPOOL_PIN_MANAGER="true") as pool:  # some tests add nodes, and its store is a file
         yield pool

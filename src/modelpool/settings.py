@@ -309,6 +309,19 @@ def to_environ(settings: Settings) -> dict[str, str]:
     return variables
 
 
+def given(settings: Settings) -> dict[str, Any]:
+    """What of these settings is not the default, as in a file."""
+    return _differing(msgspec.to_builtins(settings), msgspec.to_builtins(Settings()))
+
+
+def _differing(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _differing(value, defaults[name]) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value != defaults[name]
+    }
+
+
 def pool_url(text: str) -> str:
     """A pool's address as people write it, as a base URL: `host:8000` gets its scheme, a final `/` or `/v1` is cut."""
     if text.startswith("unix:"):

@@ -20,7 +20,7 @@ from modelpool.errors import ManagerAway, PoolError
 from modelpool.manager.manager import running_manager
 from modelpool.manager.port import ManagerPort
 from modelpool.manager.store import open_store
-from modelpool.messages.cluster import Deployment
+from modelpool.messages.cluster import Call, Deployment, Refusal, Reply, encode_deployment
 from modelpool.messages.demand import DemandReport, ModelDemand
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
@@ -38,13 +38,13 @@ async def embedded(folder: Path) -> AsyncIterator[ManagerPort]:
 
 
 @asynccontextmanager
-async def on_ray(folder: Path) -> AsyncIterator[ManagerPort]:
+async def on_ray(folder: Path, name: str = "") -> AsyncIterator[ManagerPort]:
     settings = Settings(home=str(folder), token="t", run_id="r", manager=ManagerSettings(recovery_s=0.01))
-    name = f"manager-{secrets.token_hex(4)}"
+    name = name or f"manager-{secrets.token_hex(4)}"
     kind = ray.remote(concurrency_groups={STREAMS: 10})(ManagerActor)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = kind.options(name=name, namespace="tests", num_cpus=0, max_concurrency=10, scheduling_strategy=here).remote(
-        msgspec.json.encode(Deployment(settings, "the-admin-key"))
+        encode_deployment(Deployment(settings, "the-admin-key"))
     )
     while (await actor.health.remote())["status"] != "ok":
         await asyncio.sleep(0.05)
@@ -205,5 +205,39 @@ def test_where_there_is_no_manager_every_call_says_so(ray_pool: RayPool) -> None
     async def story() -> None:
         with pytest.raises(ManagerAway, match="there is no manager actor"):
             await RayManager("nobody", "tests").models()
+
+    asyncio.run(story())
+
+
+def test_one_that_steps_aside_lets_another_go_on_at_once(ray_pool: RayPool, tmp_path: Path) -> None:
+    """It does not wait for its predecessor's lock or lease, though that process lives."""
+    ray_pool.connect()
+
+    async def story() -> None:
+        async with on_ray(tmp_path, "before") as before:
+            await before.register_model(ModelSpec(alias="a", fake=True))
+            first = (await before.status()).epoch
+            await ray.get_actor("before", "tests").step_aside.remote()
+            with pytest.raises(ManagerAway, match="another takes its place"):
+                await before.models()
+            async with on_ray(tmp_path, "after") as after:
+                second = (await after.status()).epoch
+                assert [each.alias for each in await after.models()] == ["a"]
+        assert int(second.rpartition(".")[2]) == int(first.rpartition(".")[2]) + 1
+
+    asyncio.run(story())
+
+
+def test_what_only_a_later_manager_knows_is_refused_by_name(ray_pool: RayPool, tmp_path: Path) -> None:
+    ray_pool.connect()
+
+    async def story() -> None:
+        async with on_ray(tmp_path, "earlier") as manager:
+            actor = ray.get_actor("earlier", "tests")
+            for call in (Call("foretell"), Call("models", (msgspec.Raw(b"1"),)), Call("model", (msgspec.Raw(b"1"),))):
+                reply = msgspec.json.decode(await actor.ask.remote(msgspec.json.encode(call)), type=Reply)
+                assert isinstance(reply, Refusal)
+                assert (reply.status, reply.code) == (400, "not_known_yet")
+            assert await manager.models() == []
 
     asyncio.run(story())

@@ -21,14 +21,14 @@ import uvloop
 from modelpool.cluster.nodes import keep_a_replica_on_every_node
 from modelpool.cluster.place import at_node
 from modelpool.cluster.streams import Streams, refusal
-from modelpool.errors import ManagerAway, PoolError
+from modelpool.errors import InvalidRequest, ManagerAway, PoolError
 from modelpool.manager.manager import Manager
 from modelpool.manager.port import ManagerPort
 from modelpool.manager.startup import holder_here, manager_of
 from modelpool.manager.store import Deposed
 from modelpool.messages.cluster import ABANDONED_S, Answer, Call, Deployment, NodeReport, Reply
 from modelpool.messages.models import ModelSpec, decode_body
-from modelpool.process import StartupError
+from modelpool.process import StartupError, calm_collector
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ STREAMS = "streams"
 _NODES_S = 1.0
 _RETRY_INITIAL_S = 0.5
 _RETRY_MAX_S = 5.0
+_ASIDE_S = 30.0
+"""One that stepped aside comes back after this, in case that nobody took its place."""
 
 
 class ManagerActor:
@@ -54,6 +56,8 @@ class ManagerActor:
         self._streams: Streams | None = None
         self._reason = "it has just started"
         self._nodes: dict[str, tuple[str, float]] = {}
+        self._pause = _RETRY_INITIAL_S
+        self._stepping_aside, self._stepped_aside = asyncio.Event(), asyncio.Event()
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_until_complete, args=(self._manage(),), daemon=True).start()
 
@@ -85,9 +89,21 @@ class ManagerActor:
         except PoolError as error:
             raise flat(error) from None
 
+    # ------------------------------------------------------------ for `deploy`
+
     async def deployed(self) -> bytes:
         """The Deployment it was made with."""
         return self._deployed
+
+    async def step_aside(self) -> None:
+        """Let go of the store in order, so that another manager may go on at once, on any node."""
+
+        async def step(_: Manager) -> None:
+            self._stepping_aside.set()
+            await self._stepped_aside.wait()
+
+        with suppress(ManagerAway):
+            await self._carried(step)
 
     # ------------------------------------------------------------ for the gateways' replicas
 
@@ -165,18 +181,9 @@ class ManagerActor:
         """Be a manager, until another cluster's has taken over; where that fails, as while the store is away, say why
         and try again.
         """
-        pause = _RETRY_INITIAL_S
         while True:
             try:
-                settings, home = at_node(self._deployment, "manager")
-                with home.lock("manager") as lock_id:
-                    async with manager_of(settings, home, holder_here(lock_id)) as manager:
-                        async with asyncio.TaskGroup() as tasks:
-                            self._streams = Streams(tasks)
-                            self._manager, self._reason = manager, ""
-                            pause = _RETRY_INITIAL_S
-                            tasks.create_task(self._keep_a_replica_on_every_node())
-                            await self._streams.keep_closing_abandoned()
+                await self._be_manager()
             except Deposed as error:
                 self._manager, self._reason = None, _words(error)
                 log.error("this manager does no more: %s", error)
@@ -184,8 +191,31 @@ class ManagerActor:
             except Exception as error:
                 self._manager, self._reason = None, _words(error)
                 log.exception("there is no manager now")
-            await asyncio.sleep(pause)
-            pause = min(_RETRY_MAX_S, 2 * pause)
+                await asyncio.sleep(self._pause)
+                self._pause = min(_RETRY_MAX_S, 2 * self._pause)
+            else:
+                log.info("stepped aside")
+                self._stepped_aside.set()
+                await asyncio.sleep(_ASIDE_S)
+
+    async def _be_manager(self) -> None:
+        """Until it is asked to step aside. Raises what a manager raises."""
+        self._stepping_aside.clear()
+        self._stepped_aside.clear()
+        settings, home = at_node(self._deployment, "manager")
+        with home.lock("manager") as lock_id:
+            async with manager_of(settings, home, holder_here(lock_id)) as manager, asyncio.TaskGroup() as tasks:
+                self._streams = Streams(tasks)
+                self._manager, self._reason = manager, ""
+                self._pause = _RETRY_INITIAL_S
+                calm_collector()
+                beside = [self._keep_a_replica_on_every_node(), self._streams.keep_closing_abandoned()]
+                running = [tasks.create_task(each) for each in beside]
+                await self._stepping_aside.wait()
+                self._manager, self._reason = None, "another takes its place"
+                for task in running:
+                    task.cancel()
+                self._streams.close_all()
 
 
 def flat(error: PoolError) -> PoolError:
@@ -196,16 +226,26 @@ def flat(error: PoolError) -> PoolError:
 
 
 def _called(manager: Manager, call: Call) -> Any:
-    """What the method returns: a coroutine, or an iterator."""
+    """What the method returns: a coroutine, or an iterator. Raises InvalidRequest for what only later versions know.
+
+    Arguments that the caller does not know, or left at their defaults, are not there.
+    """
     types = _types(call.method)
-    values = (msgspec.json.decode(raw, type=type_) for raw, type_ in zip(call.arguments, types.values(), strict=True))
-    return getattr(manager, call.method)(**dict(zip(types, values, strict=True)))
+    if types is None or len(call.arguments) > len(types):
+        raise InvalidRequest("The manager is of an older version, and cannot do that yet.", code="not_known_yet")
+    pairs = zip(types.items(), call.arguments, strict=False)
+    try:
+        given = {name: msgspec.json.decode(raw, type=type_) for (name, type_), raw in pairs}
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The manager is of another version: {error}.", code="not_known_yet") from error
+    return getattr(manager, call.method)(**given)
 
 
 @cache
-def _types(method: str) -> dict[str, Any]:
-    """Its arguments and their types, as the port has them."""
-    return {name: type_ for name, type_ in get_type_hints(getattr(ManagerPort, method)).items() if name != "return"}
+def _types(method: str) -> dict[str, Any] | None:
+    """Its arguments and their types, as the port has them; None where it has no such method."""
+    function = getattr(ManagerPort, method, None)
+    return function and {name: type_ for name, type_ in get_type_hints(function).items() if name != "return"}
 
 
 def _words(error: BaseException) -> str:

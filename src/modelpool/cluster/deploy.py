@@ -16,28 +16,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modelpool.cluster import APPLICATION, MANAGER, NAMESPACE
 from modelpool.cluster.actor import STREAMS, ManagerActor
-from modelpool.cluster.gateway import Gateway
+from modelpool.cluster.code import deployed_code
+from modelpool.cluster.gateway import GATEWAYS
 from modelpool.cluster.gateways import end_left_behind
 from modelpool.cluster.head import address_of_head, end_head, remember_head, start_head
 from modelpool.cluster.nodes import live_nodes
 from modelpool.gateway.auth import check_exposure
 from modelpool.home import Home
-from modelpool.messages.cluster import Deployment
+from modelpool.messages.cluster import Deployment, deployed_run_id, encode_deployment
 from modelpool.pool_address import address_file, local_address
 from modelpool.process import StartupError
 from modelpool.settings import Settings
 
 _MANAGER_S = 90.0
 _CONNECT_S = 5.0
+_ASIDE_S = 10.0
 _POLL_S = 0.1
 
 
 def deploy(settings: Settings) -> str:
-    """Bring the pool up on the cluster, or bring it to these settings; where this node's gateway serves.
+    """Bring the pool up on the cluster, or bring it to these settings and this code; where this node's gateway serves.
 
     Raises StartupError.
     """
     check_exposure(settings.gateway)
+    code = deployed_code(settings.cluster.working_dir)
     home = Home(settings.home_path)
     with _connected(settings, home, start=True):
         # What Ray was started with is no part of what is deployed.
@@ -48,14 +51,12 @@ def deploy(settings: Settings) -> str:
             cluster=msgspec.structs.replace(settings.cluster, ray_args=""),
         )
         _check_store(settings)
-        deployment = _create_manager(Deployment(settings, home.admin_key()))
+        deployment = _create_manager(Deployment(settings, home.admin_key(), code))
         _await_manager()
         serve.start(proxy_location="Disabled")
         try:
             serve.run(
-                Gateway.options(  # type: ignore[attr-defined]
-                    num_replicas=live_nodes()
-                ).bind(deployment),
+                GATEWAYS.options(num_replicas=live_nodes()).bind(deployment),
                 name=APPLICATION,
                 route_prefix=None,
                 external_scaler_enabled=True,
@@ -165,13 +166,16 @@ def _create_manager(wanted: Deployment) -> bytes:
     with suppress(ValueError):
         actor = ray.get_actor(MANAGER, NAMESPACE)
         deployed: bytes = ray.get(actor.deployed.remote())
-        run_id = msgspec.json.decode(deployed, type=Deployment).settings.run_id
-        wanted = msgspec.structs.replace(wanted, settings=msgspec.structs.replace(wanted.settings, run_id=run_id))
-        if deployed == msgspec.json.encode(wanted):
+        settings = msgspec.structs.replace(wanted.settings, run_id=deployed_run_id(deployed))
+        wanted = msgspec.structs.replace(wanted, settings=settings)
+        if deployed == encode_deployment(wanted):
             return deployed
+        # One of an earlier version, or of a node that does not answer, may not be able to.
+        with suppress(AttributeError, RayError):
+            ray.get(actor.step_aside.remote(), timeout=_ASIDE_S)
         ray.kill(actor)
         _await_gone()
-    deployment = msgspec.json.encode(wanted)
+    deployment = encode_deployment(wanted)
     settings = wanted.settings
     pinned = settings.cluster.pin_manager or _store_is_a_file(settings)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -17,14 +17,6 @@ from modelpool.messages.cluster import Deployment
 _END_S = 30.0
 
 
-@serve.deployment(
-    name=GATEWAY,
-    max_replicas_per_node=1,
-    ray_actor_options={"num_cpus": 0},
-    health_check_period_s=5,
-    health_check_timeout_s=15,
-    graceful_shutdown_timeout_s=_END_S,
-)
 class Gateway:
     """Holds the Node. Ray Serve starts it again when its health check fails, or its process dies."""
 
@@ -59,3 +51,14 @@ class Gateway:
 def _application_goes() -> bool:
     application = serve.status().applications.get(APPLICATION)
     return application is None or application.status is ApplicationStatus.DELETING
+
+
+# Not as a decorator: a class that its module has under its name goes to the nodes as that name, and is their code's.
+GATEWAYS = serve.deployment(
+    name=GATEWAY,
+    max_replicas_per_node=1,
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=5,
+    health_check_timeout_s=15,
+    graceful_shutdown_timeout_s=_END_S,
+)(Gateway)

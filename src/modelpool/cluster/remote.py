@@ -6,6 +6,8 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,13 +17,14 @@ from ray.exceptions import RayError
 
 from modelpool.cluster import MANAGER, NAMESPACE
 from modelpool.errors import ManagerAway, PoolError
+from modelpool.manager.port import ManagerPort
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.cluster import POLL_S, Answer, Call, End, Item, NodeReport, Nothing, Refusal, Reply
 from modelpool.messages.demand import DemandReport
 from modelpool.messages.dump import Dump, Loaded
 from modelpool.messages.keys import KeyMade, KeySpec, KeyView
 from modelpool.messages.models import ModelSpec
-from modelpool.messages.routing import Update
+from modelpool.messages.routing import Update, decode_update
 from modelpool.messages.workers import Heartbeat, HeartbeatAnswer, RegisterWorker
 
 T = TypeVar("T")
@@ -130,9 +133,8 @@ class RayManager:
         await self._ask(object, "demand", report)
 
     async def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
-        decoder: msgspec.json.Decoder[Update | None] = msgspec.json.Decoder(Update | None)
         async for raw in self._stream("snapshots", gateway, epoch):
-            yield None if raw is None else decoder.decode(raw)
+            yield None if raw is None else decode_update(raw)
 
     async def logs(self, alias: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
         async for raw in self._stream("logs", alias, tail, follow):
@@ -181,8 +183,20 @@ class RayManager:
 
 
 def _encoded(method: str, *arguments: object) -> bytes:
-    raw = tuple(msgspec.Raw(msgspec.json.encode(each)) for each in arguments)
-    return msgspec.json.encode(Call(method, raw))
+    """Without what is at its default at the end: an older manager may not know it."""
+    given = list(arguments)
+    for default in reversed(_defaults(method)):
+        if given[-1] != default:
+            break
+        given.pop()
+    return msgspec.json.encode(Call(method, tuple(msgspec.Raw(msgspec.json.encode(each)) for each in given)))
+
+
+@cache
+def _defaults(method: str) -> tuple[object, ...]:
+    """Of the last arguments of a method of the port."""
+    parameters = signature(getattr(ManagerPort, method)).parameters.values()
+    return tuple(each.default for each in parameters if each.default is not Parameter.empty)
 
 
 def _value(reply: bytes, type_: type[T]) -> T:

@@ -13,7 +13,7 @@ from modelpool.core.epoch import is_older
 from modelpool.errors import PoolError
 from modelpool.gateway.keys import KeyRing
 from modelpool.gateway.table import Gap, Table
-from modelpool.messages.routing import KEEPALIVE_S, Keys, KeysDelta, Others, Update
+from modelpool.messages.routing import KEEPALIVE_S, Keys, KeysDelta, Others, decode_update
 from modelpool.relay import Pool, Response, encode_request, fetch, fixed_headers
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ class SnapshotFeed:
         self._keys = keys
         self._control = control
         self._gateway = gateway
-        self._decoder: msgspec.json.Decoder[Update] = msgspec.json.Decoder(Update)
         self.heard_at: float | None = None
         """When the manager was last heard, on the loop's clock."""
         self.connected = False
@@ -93,9 +92,11 @@ class SnapshotFeed:
 
     def _apply(self, line: bytes) -> None:
         try:
-            update = self._decoder.decode(line)
+            update = decode_update(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Broken(f"its snapshot makes no sense: {error}") from error
+        if update is None:
+            return
         if is_older(update.epoch, self._table.epoch):
             raise Broken(f"it has epoch {update.epoch}, and a later one was heard: {self._table.epoch}")
         if isinstance(update, Keys | KeysDelta):

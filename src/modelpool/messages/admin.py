@@ -84,7 +84,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since it was last heard."""
     run_id: str
     devices: tuple[Device, ...]
-    set_aside_bytes: tuple[int, ...]
+    set_aside_bytes: tuple[int, ...] = ()
     """Of each of `devices`: what is promised to instances, whether they hold it by now or not."""
     engines: dict[str, EngineStatus]
     instances: tuple[str, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from modelpool.settings import Settings
+from modelpool.settings import Settings, given
 
 POLL_S = 5.0
 """A stream with nothing to say answers after this long, and is asked again."""
@@ -58,7 +58,26 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Deployment(msgspec.Struct, frozen=True):
-    """What `deploy` gives the manager actor and every replica."""
+    """What `deploy` gives the manager actor and every replica. `code`: a digest of what they are to run."""
 
     settings: Settings
     admin_key: str
+    code: str = ""
+
+
+class _Run(msgspec.Struct, frozen=True):
+    run_id: str = ""
+
+
+class _Deployed(msgspec.Struct, frozen=True):
+    settings: _Run = _Run()
+
+
+def encode_deployment(deployment: Deployment) -> bytes:
+    """Of the settings those that were given: another version refuses only what it does not know and was asked for."""
+    return msgspec.json.encode({**msgspec.to_builtins(deployment), "settings": given(deployment.settings)})
+
+
+def deployed_run_id(deployment: bytes) -> str:
+    """The run id in the deployment of any version."""
+    return msgspec.json.decode(deployment, type=_Deployed).settings.run_id

@@ -9,6 +9,8 @@ An empty line is a keepalive.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import msgspec
 
 from modelpool.core.limits import Limits
@@ -109,3 +111,20 @@ class Others(msgspec.Struct, frozen=True, kw_only=True, tag="others"):
 RoutingUpdate = Snapshot | Delta
 KeysUpdate = Keys | KeysDelta
 Update = RoutingUpdate | KeysUpdate | Others
+
+_UPDATES: msgspec.json.Decoder[Update | None] = msgspec.json.Decoder(Update | None)
+_KINDS = frozenset(each.__struct_config__.tag for each in get_args(Update))
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    type: str = ""
+
+
+def decode_update(line: bytes | msgspec.Raw) -> Update | None:
+    """None for a kind that only later versions know, as for a keepalive. Raises msgspec.DecodeError."""
+    try:
+        return _UPDATES.decode(line)
+    except msgspec.ValidationError:
+        if msgspec.json.decode(line, type=_Kind).type in _KINDS:
+            raise
+        return None

@@ -131,7 +131,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str = ""
 
 
-class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /workers/register`. Registering again with what runs is how a manager that was away learns of it.
 
     `host`: the machine, beside its accelerators. `files`: models, by hub name or path, whose files are there.
@@ -147,7 +147,7 @@ class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Of the latest manager that it has heard of; "" also where it runs nothing, so that any pool may have it."""
 
 
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /workers/{worker_id}/heartbeat`. All instances each time: a report replaces the one before.
 
     404 `worker_not_found` asks the worker to register again.
