@@ -19,6 +19,7 @@ import psutil
 import ray
 
 from modelpool.cluster.head import TAG
+from modelpool.home import Home
 from modelpool.pool_address import local_address
 from modelpool.settings import Settings
 from tests.e2e.pool import PoolProcess, end, eventually, processes_of
@@ -168,6 +169,8 @@ def ray_folder() -> Iterator[Path]:
         for process in left:
             process.kill()
         psutil.wait_procs(left, timeout=30)
+        for home in folder.glob("home*"):
+            Home(home).drop_shared_memory()  # a node that was lost could not
         shutil.rmtree(folder, ignore_errors=True)
 
 

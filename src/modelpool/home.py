@@ -23,6 +23,8 @@ from modelpool.process import StartupError
 _SOCKET_PATH_MAX = 107
 _MEMORY = Path("/dev/shm")
 _MEMORY_FREE_MIN = 256 << 20
+_LINKED_BY = "home"
+_LOCK = "lock"  # as gateway/shared.py has it
 
 
 class AlreadyRunning(Exception):
@@ -92,13 +94,14 @@ class Home:
         """
         folder = self.run / "gateway"
         if not os.path.lexists(folder):
+            _drop_orphans()
             with contextlib.suppress(FileExistsError):  # another process was first, and whatever it chose is right
                 if _free_bytes(_MEMORY) >= _MEMORY_FREE_MIN:
                     folder.symlink_to(_MEMORY / self._own_name)
                 else:
                     folder.mkdir(mode=0o700)
         if folder.is_symlink():
-            _private(folder.readlink())
+            (_private(folder.readlink()) / _LINKED_BY).write_text(str(folder))
         return folder
 
     def drop_shared_memory(self) -> None:
@@ -191,6 +194,18 @@ def _private(folder: Path) -> Path:
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise PermissionError(errno.EACCES, "belongs to another user", str(folder))
     return folder
+
+
+def _drop_orphans() -> None:
+    """Give back what homes that are gone hold of the system's memory: where the last gateway of a home was ended by
+    hand, what they shared is still there for the next one.
+    """
+    for folder in _MEMORY.glob(f"modelpool-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):
+            if not os.path.lexists((folder / _LINKED_BY).read_text()):
+                with open(folder / _LOCK, "rb+") as file:  # its gateways hold parts of it, whoever sees their home
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +45,32 @@ def test_gateways_share_memory_of_the_system_where_it_has_room(tmp_path: Path, m
     assert not os.path.lexists(folder)
 
 
+def test_what_a_home_that_is_gone_left_in_the_systems_memory_goes_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for that of a home that only others see, whose gateways live."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(home_module, "_MEMORY", memory)
+    monkeypatch.setattr(home_module, "_MEMORY_FREE_MIN", 0)
+    there = {}
+    for name in ("stays", "ended", "hidden"):
+        folder = Home(tmp_path / name).shared_memory()
+        (folder / "lock").write_text("")
+        there[name] = folder.readlink()
+    for name in ("ended", "hidden"):
+        shutil.rmtree(tmp_path / name)
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'rb+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 3); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, there["hidden"] / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        there["new"] = Home(tmp_path / "new").shared_memory().readlink()
+        process.communicate(b"\n")
+    assert set(memory.iterdir()) == {there["stays"], there["hidden"], there["new"]}
+
+
 def test_gateways_share_files_of_the_home_where_the_system_has_no_memory_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +88,7 @@ def test_what_is_no_folder_of_ours_in_the_systems_memory_is_refused(
     monkeypatch.setattr(home_module, "_MEMORY_FREE_MIN", 0)
     home = Home(tmp_path / "home")
     there = home.shared_memory().readlink()
-    there.rmdir()
+    shutil.rmtree(there)
     there.symlink_to(home.logs)
     with pytest.raises(PermissionError):
         home.shared_memory()
