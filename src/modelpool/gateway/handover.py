@@ -44,7 +44,7 @@ def taken_over(pid: int) -> socket.socket | None:
             asking.connect(_address(pid))
             if _user(asking) != os.getuid():
                 return None
-            _, descriptors, _, _ = socket.recv_fds(asking, 1, 1)
+            _, descriptors, _, _ = socket.recv_fds(asking, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return None
     return socket.socket(fileno=descriptors[0]) if descriptors else None
