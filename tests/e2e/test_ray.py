@@ -66,6 +66,19 @@ def test_the_manager_actor_dies_and_requests_and_registrations_stay(ray_pool: Ra
     ray_pool.remove("acknowledged")
 
 
+def test_a_deploy_that_was_interrupted_is_finished_by_the_next(ray_pool: RayPool, alias: str) -> None:
+    """It had taken the manager away, and made none in its place."""
+    gateway, epoch = ray_pool.one("modelpool: gateway"), ray_pool.status()["epoch"]
+    with Load(ray_pool.url, alias, ray_pool.key) as load:
+        ray.kill(ray_pool.actor())
+        eventually(lambda: ray_pool.http.get("/admin/status").status_code == 503, 30, lambda: "no manager")
+        done = ray_pool.command("deploy")
+        assert done.returncode == 0, done.stdout + done.stderr
+        eventually(lambda: ray_pool.status().get("epoch", epoch) != epoch, 30, lambda: "a new manager")
+    assert set(load.statuses) == {200}, load.statuses
+    assert ray_pool.one("modelpool: gateway") == gateway
+
+
 @pytest.mark.soak
 def test_a_replica_dies_and_its_successor_adopts_the_gateway(ray_pool: RayPool, alias: str) -> None:
     gateway = ray_pool.one("modelpool: gateway")

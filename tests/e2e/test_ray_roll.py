@@ -37,7 +37,7 @@ def other_version(tmp_path: Path) -> Path:
 @pytest.fixture
 def second_node(ray_pool: RayPool) -> Iterator[Path]:
     """Its home."""
-    home = ray_pool.add_node(2)
+    home = ray_pool.add_node(3)
     yield home
     kill_ray(home)
     gateways = [*ray_pool.processes("modelpool: gateway"), *ray_pool.processes("modelpool: retiring gateway")]
