@@ -187,6 +187,10 @@ async def test_retiring_it_hands_its_socket_on_and_fails_nobody(tmp_path: Path) 
         new = await stack.enter_async_context(started(tmp_path, None, sock))
         sock.close()
         assert new.endpoint == old.endpoint
+        old.process.send_signal(signal.SIGSTOP)
+        for _ in range(20):  # all who come wait in one queue, whoever takes them out of it
+            assert (await (await new.connect()).ask(request("GET", "/health"))).status == 200
+        old.process.send_signal(signal.SIGCONT)
         old.process.send_signal(signal.SIGQUIT)
         while not is_retiring(old.process.pid):
             await asyncio.sleep(0.01)

@@ -229,6 +229,23 @@ def test_one_that_steps_aside_lets_another_go_on_at_once(ray_pool: RayPool, tmp_
     asyncio.run(story())
 
 
+def test_one_whose_place_nobody_takes_comes_back(ray_pool: RayPool, tmp_path: Path) -> None:
+    """Its `deploy` died, say."""
+    ray_pool.connect()
+
+    async def story() -> None:
+        async with on_ray(tmp_path, "alone") as manager:
+            first = (await manager.status()).epoch
+            actor = ray.get_actor("alone", "tests")
+            await actor.step_aside.remote(0.1)
+            async with asyncio.timeout(30):
+                while (await actor.health.remote())["status"] != "ok":
+                    await asyncio.sleep(0.05)
+            assert (await manager.status()).epoch != first
+
+    asyncio.run(story())
+
+
 def test_what_only_a_later_manager_knows_is_refused_by_name(ray_pool: RayPool, tmp_path: Path) -> None:
     ray_pool.connect()
 

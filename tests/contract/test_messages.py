@@ -108,5 +108,10 @@ def test_of_settings_only_those_that_were_given_cross_to_other_versions() -> Non
     assert msgspec.json.decode(encoded)["settings"] == {"home": "/h", "run_id": "r", "gateway": {"port": 8001}}
 
 
+def test_what_was_deployed_by_an_earlier_version_is_read_with_defaults_for_the_rest() -> None:
+    deployment = msgspec.json.decode(b'{"settings": {"home": "/h"}, "admin_key": "k"}', type=Deployment)
+    assert deployment == Deployment(Settings(home="/h"), "k")
+
+
 def test_the_run_of_a_later_deployment_is_known() -> None:
     assert deployed_run_id(b'{"settings": {"run_id": "r", "omens": {"good": true}}, "omen": 1}') == "r"

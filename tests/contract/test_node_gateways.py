@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -103,6 +104,30 @@ async def test_a_successor_adopts_what_is_as_it_wants_it_and_replaces_what_is_no
         assert (await busy.answer()).body == b"done"
         busy.writer.close()
         await ended(first)
+
+
+@on_uvloop
+async def test_whoever_connects_while_gateways_take_each_others_place_is_served(tmp_path: Path) -> None:
+    """On connections of their own, so that some are about to be made or wait to be accepted whenever that happens."""
+    statuses: Counter[int] = Counter()
+
+    async def keep_asking(here: Node) -> None:
+        while True:
+            client = await here.client()
+            statuses[(await client.ask(request("GET", "/health"))).status] += 1
+            client.writer.close()
+
+    async with node(tmp_path) as (here, _), asyncio.TaskGroup() as tasks:
+        await here.start()
+        asking = [tasks.create_task(keep_asking(here)) for _ in range(16)]
+        for level in ("debug", "info", "warning", "error"):
+            before = statuses.total()
+            await here.start(log_level=level)
+            await here.serving()
+            assert statuses.total() > before
+        for each in asking:
+            each.cancel()
+    assert set(statuses) == {200}
 
 
 @on_uvloop

@@ -39,8 +39,6 @@ STREAMS = "streams"
 _NODES_S = 1.0
 _RETRY_INITIAL_S = 0.5
 _RETRY_MAX_S = 5.0
-_ASIDE_S = 30.0
-"""One that stepped aside comes back after this, in case that nobody took its place."""
 
 
 class ManagerActor:
@@ -57,6 +55,7 @@ class ManagerActor:
         self._reason = "it has just started"
         self._nodes: dict[str, tuple[str, float]] = {}
         self._pause = _RETRY_INITIAL_S
+        self._aside_s = 0.0
         self._stepping_aside, self._stepped_aside = asyncio.Event(), asyncio.Event()
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_until_complete, args=(self._manage(),), daemon=True).start()
@@ -95,10 +94,13 @@ class ManagerActor:
         """The Deployment it was made with."""
         return self._deployed
 
-    async def step_aside(self) -> None:
-        """Let go of the store in order, so that another manager may go on at once, on any node."""
+    async def step_aside(self, for_s: float = 30.0) -> None:
+        """Let go of the store in order, so that another manager may go on at once, on any node. It comes back after a
+        while, in case that nobody took its place.
+        """
 
         async def step(_: Manager) -> None:
+            self._aside_s = for_s
             self._stepping_aside.set()
             await self._stepped_aside.wait()
 
@@ -196,7 +198,7 @@ class ManagerActor:
             else:
                 log.info("stepped aside")
                 self._stepped_aside.set()
-                await asyncio.sleep(_ASIDE_S)
+                await asyncio.sleep(self._aside_s)
 
     async def _be_manager(self) -> None:
         """Until it is asked to step aside. Raises what a manager raises."""
