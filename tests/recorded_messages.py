@@ -1,13 +1,14 @@
 """What crosses between parts of a pool that may be of different versions, as it was recorded, and how it may grow.
 
-`python -m tests.recorded_messages` records it as it is now, which is right only where no pool of an earlier version is
-to be changed to this one while it runs.
+`python -m tests.recorded_messages` records what is new. It refuses what earlier versions would not understand; who
+wants that all the same, since no running pool is to be changed from one to the other, removes the record first.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -245,4 +246,6 @@ def _method_breaks(old: Texts, new: Texts) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    if RECORD.exists() and (broken := breaks(recorded(), described())):
+        sys.exit("\n".join(broken))
     RECORD.write_bytes(msgspec.json.format(msgspec.json.encode(described()), indent=1) + b"\n")

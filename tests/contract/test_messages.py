@@ -28,6 +28,10 @@ def test_nothing_that_was_ever_said_has_changed() -> None:
     assert breaks(recorded(), described()) == []
 
 
+def test_all_that_is_said_is_recorded() -> None:
+    assert recorded() == described(), "python -m tests.recorded_messages"
+
+
 @pytest.mark.parametrize("name", recorded().samples)
 def test_what_an_older_part_says_is_understood(name: str) -> None:
     understood(recorded().samples[name], CLASSES[name])

@@ -5,7 +5,6 @@ cluster.
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,22 +15,12 @@ import psutil
 import pytest
 
 import modelpool
+from tests.another_version import VERSION, another_version
 from tests.load import ConstantLoad
 from tests.ray_pool import RayPool, kill_ray
 
-OTHER = "99.0"
 STREAM_S = 10.0
 """Longer than it takes to replace a node's gateways."""
-
-
-@pytest.fixture
-def other_version(tmp_path: Path) -> Path:
-    """A folder with this code, which calls itself another version."""
-    package = tmp_path / "modelpool"
-    shutil.copytree(Path(modelpool.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    said = package / "__init__.py"
-    said.write_text(said.read_text().replace(modelpool.__version__, OTHER))
-    return tmp_path
 
 
 @pytest.fixture
@@ -73,7 +62,7 @@ class Roll:
 
 
 def test_no_request_fails_while_another_version_comes_and_goes(
-    ray_pool: RayPool, second_node: Path, other_version: Path, capsys: pytest.CaptureFixture[str]
+    ray_pool: RayPool, second_node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ray_pool.register("quick", fake=True, min_replicas=1, fake_capacity=64)
     tokens = round(STREAM_S * 10)
@@ -83,6 +72,7 @@ def test_no_request_fails_while_another_version_comes_and_goes(
     for alias in ("quick", "long"):
         ray_pool.wait_active(alias)
     roll = Roll(ray_pool, [ray_pool.url, ray_pool.node_url(second_node)])
+    later = str(another_version(tmp_path))
     starts, gateways = roll.starts(), ray_pool.processes("modelpool: gateway")
     assert len(gateways) == 2
     cluster, _, epoch = ray_pool.status()["epoch"].rpartition(".")
@@ -91,13 +81,13 @@ def test_no_request_fails_while_another_version_comes_and_goes(
         quick = stack.enter_context(ConstantLoad(roll.urls, "quick", ray_pool.key, 20))
         long = stack.enter_context(ConstantLoad(roll.urls, "long", ray_pool.key, 1, max_tokens=tokens))
         time.sleep(2)
-        for version, working_dir in ((OTHER, str(other_version)), (modelpool.__version__, "")):
+        for version, working_dir in ((VERSION, later), (modelpool.__version__, "")):
             began = time.monotonic()
             roll.deploy(RAY_WORKING_DIR=working_dir)
             took.append(time.monotonic() - began)
             assert roll.versions() == {version}
             assert not any(each in gateways for each in ray_pool.processes("modelpool: gateway"))
-            if version == OTHER:
+            if version == VERSION:
                 retiring = ray_pool.processes("modelpool: retiring gateway")
                 assert set(retiring) == set(gateways), "what they have begun goes on"
             assert ray_pool.status()["epoch"] == f"{cluster}.{int(epoch) + len(took)}"

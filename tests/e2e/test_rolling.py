@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.another_version import VERSION, another_version
 from tests.e2e.conftest import FAKE_ONLY
 from tests.e2e.pool import PoolProcess, another_worker, eventually, running_pool
 from tests.e2e.test_cli import run
@@ -68,6 +69,7 @@ def awake(pool: PoolProcess, alias: str) -> set[int]:
 
 
 def test_a_drained_worker_leaves_no_request_unanswered(tmp_path: Path) -> None:
+    """In its place comes one of another version."""
     with running_pool(tmp_path / "home", "--no-demo", **FAKE_ONLY, MODELPOOL_DRAIN_TIMEOUT="0.5") as pool:
         pool.register("served", fake=True, fake_token_ms=20, fake_response="a long tale " * 40, min_replicas=2)
         pool.register("asleep", fake=True, min_replicas=0)
@@ -76,10 +78,11 @@ def test_a_drained_worker_leaves_no_request_unanswered(tmp_path: Path) -> None:
         with pool.worker_http() as worker:
             assert worker.post("/instances/asleep/sleep", json={"level": 1}).status_code == 200
         eventually(lambda: pool.model("asleep")["state"] == "SLEEP_1", 10, lambda: str(pool.model("asleep")))
-        with another_worker(pool, tmp_path / "home2", "w2"), asked(pool, "served"):
+        later = {"PYTHONPATH": str(another_version(tmp_path / "later"))}
+        with another_worker(pool, tmp_path / "home2", "w2", **later), asked(pool, "served"):
             done = run(pool, "drain", "w1", "--wait")
             assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "w1 is gone."), done.stdout + done.stderr
-            assert [each["worker_id"] for each in pool.status()["workers"]] == ["w2"]
+            assert [(each["worker_id"], each["version"]) for each in pool.status()["workers"]] == [("w2", VERSION)]
             assert where(pool, "served") == [("w2", "ACTIVE"), ("w2", "ACTIVE")]
         assert "the worker was drained, and has ended" in _notices(pool), "`up` does not start it again"
 

@@ -287,6 +287,7 @@ def worker_view(known: Known, worker: Worker) -> WorkerView:
         reason=worker.reason,
         last_seen_s=round(known.now - worker.last_seen, 1),
         run_id=facts.info.run_id,
+        version=facts.info.version,
         devices=facts.devices,
         set_aside_bytes=tuple(set_aside.get(each.index, Claim()).bytes for each in facts.devices),
         host=facts.host,

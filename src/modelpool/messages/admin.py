@@ -91,6 +91,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     host: Device | None = None
     """The machine, beside its accelerators."""
     draining: bool = False
+    version: str = ""
     drain: tuple[str, ...] = ()
     """While it is being drained: what it still waits for. Sentences."""
 
