@@ -10,10 +10,12 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import pytest
 
 from modelpool.cluster.gateways import NodeGateways
 from modelpool.home import Home
 from modelpool.process import DETACHED, is_retiring
+from modelpool.process_group import ProcessGroup
 from modelpool.process_table import values_of
 from modelpool.relay import Endpoint
 from modelpool.settings import GatewaySettings, Settings
@@ -104,6 +106,22 @@ async def test_a_successor_adopts_what_is_as_it_wants_it_and_replaces_what_is_no
         assert (await busy.answer()).body == b"done"
         busy.writer.close()
         await ended(first)
+
+
+@on_uvloop
+async def test_where_one_dies_before_it_had_the_old_retire_the_next_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node(tmp_path) as (here, _):
+        await here.start()
+        (old,) = await here.serving()
+        with monkeypatch.context() as dying:
+            dying.setattr(ProcessGroup, "retire", lambda group: None)
+            await here.start(log_level="debug")
+        (new,) = await here.serving(2) - {old}
+        await here.start()
+        await ended(old)
+        assert await here.serving() == {new}
 
 
 @on_uvloop

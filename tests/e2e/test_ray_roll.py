@@ -5,6 +5,7 @@ cluster.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import pytest
 import modelpool
 from tests.another_version import VERSION, another_version
 from tests.load import ConstantLoad
-from tests.ray_pool import RayPool, kill_ray
+from tests.ray_pool import RayPool, deployed_pool, kill_ray
 
 STREAM_S = 10.0
 """Longer than it takes to replace a node's gateways."""
@@ -103,3 +104,20 @@ def test_no_request_fails_while_another_version_comes_and_goes(
     assert roll.starts() == starts, "nothing was started twice"
     for alias in ("quick", "long"):
         ray_pool.remove(alias)
+
+
+@pytest.mark.soak
+def test_code_that_was_changed_where_it_lies_is_another_version(tmp_path: Path) -> None:
+    """As by `pip install` on every node."""
+    installed = tmp_path / "site-packages"
+    shutil.copytree(Path(modelpool.__file__).parent, installed / "modelpool")
+    with deployed_pool(PYTHONPATH=str(installed)) as pool:
+        pool.register("quick", fake=True, min_replicas=1)
+        pool.wait_active("quick")
+        roll = Roll(pool, [pool.url])
+        assert roll.versions() == {modelpool.__version__}
+        with ConstantLoad(roll.urls, "quick", pool.key, 20) as load:
+            shutil.copytree(another_version(tmp_path / "later"), installed, dirs_exist_ok=True)
+            roll.deploy()
+            assert roll.versions() == {VERSION}
+        assert not load.failures()
