@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Policy
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import Manager, running_manager
-from modelpool.manager.store import Deposed, Holder, Store, StoreError, open_store
+from modelpool.manager.store import Deposed, Holder, Rewound, Store, StoreError, open_store
+from modelpool.messages.dump import Dump, StoredModel
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
 from modelpool.messages.workers import Address, InstanceReport, RegisterWorker, WorkerInfo
@@ -146,33 +147,40 @@ def _has(read: Callable[[], Awaitable[object]], value: object) -> Callable[[], A
     return there
 
 
+@contextmanager
+def answers_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the calling task asks of the store is done, and the answer is lost."""
+    within, here = store._within, asyncio.current_task()
+
+    async def lose(work: Awaitable[Any]) -> Any:
+        done = await within(work)
+        if asyncio.current_task() is here:
+            raise StoreError("The connection broke after the commit.")
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_within", lose)
+        yield
+
+
 def test_a_change_whose_outcome_nobody_heard_is_looked_up(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         async with running_world(store_url) as world:
             await world.register("old")
             key = (await world.http.post("/admin/keys", json={"name": "a"})).json()["key"]["id"]
-            within, losing, here = world.store._within, True, asyncio.current_task()
-
-            async def lose(work: Awaitable[Any]) -> Any:
-                """What is asked for here is done, and the answer is lost."""
-                done = await within(work)
-                if losing and asyncio.current_task() is here:
-                    raise StoreError("The connection broke after the commit.")
-                return done
-
-            monkeypatch.setattr(world.store, "_within", lose)
-            assert (await world.register("new")).status_code == 503
-            await world.until(_has(world.aliases, ["new", "old"]))
-            losing = False
+            with answers_lost(world.store, monkeypatch):
+                assert (await world.register("new")).status_code == 503
+                await world.until(_has(world.aliases, ["new", "old"]))
             assert (await world.register("new")).status_code == 200
 
-            losing = True
-            assert (await world.http.delete("/admin/models/old")).status_code == 503
-            await world.until(_has(world.aliases, ["new"]))
+            with answers_lost(world.store, monkeypatch):
+                assert (await world.http.delete("/admin/models/old")).status_code == 503
+                await world.until(_has(world.aliases, ["new"]))
 
             updates = world.manager.snapshots()
             assert isinstance(await anext(updates), Keys)
-            assert (await world.http.delete(f"/admin/keys/{key}")).status_code == 503
+            with answers_lost(world.store, monkeypatch):
+                assert (await world.http.delete(f"/admin/keys/{key}")).status_code == 503
             async with asyncio.timeout(PATIENCE_S):
                 async for update in updates:
                     if isinstance(update, Keys):
@@ -182,11 +190,42 @@ def test_a_change_whose_outcome_nobody_heard_is_looked_up(store_url: str, monkey
     asyncio.run(story())
 
 
+def test_a_pool_that_became_another_without_a_word_about_it_knows_what_it_is(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with running_world(store_url, lease_s=1.5) as world:
+            dump = Dump(cluster="dumped", models=(StoredModel(ModelSpec(alias="m", fake=True), 1),), keys=())
+            followed = world.manager.snapshots()
+            assert isinstance(await anext(followed), Keys)
+            with answers_lost(world.store, monkeypatch):
+                body = msgspec.json.encode(dump)
+                assert (await world.http.post("/admin/load?restore=true", content=body)).status_code == 503
+            async with asyncio.timeout(PATIENCE_S):
+                async for update in followed:
+                    if isinstance(update, Snapshot) and update.epoch == "dumped.1":
+                        break
+            assert await world.aliases() == ["m"]
+            assert (await world.http.post("/admin/load?restore=true", content=body)).status_code == 200
+
+            worker = replace(told("http://127.0.0.1:1"), epoch="dumped.41")
+            with answers_lost(world.store, monkeypatch):
+                answer = await world.http.post("/workers/register", content=msgspec.json.encode(worker))
+                assert answer.status_code == 503
+            await world.until(_is(lambda: world.store.epoch == "dumped.42"))
+            assert (await world.register("after")).status_code == 200
+        async with held(store_url) as store:
+            assert store.epoch == "dumped.43"
+
+    asyncio.run(story())
+
+
 async def go_on_too_long(next_: Store, url: str) -> None:
     async with running_world(url) as world:
         await world.register("a")
         await next_.take_over(ME)  # who has its name need not wait until its lease has run out
-        answer = await world.register("b")
+        # In a task of its own: what ends the manager would end the request too, and be answered by it.
+        answer = await asyncio.create_task(world.register("b"))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "manager_away")
         await asyncio.sleep(PATIENCE_S)
 
@@ -200,6 +239,25 @@ def test_a_manager_that_is_deposed_ends(store_url: str) -> None:
             await next_.renew()
 
     asyncio.run(story())
+
+
+def test_a_manager_whose_store_is_put_back_by_hand_says_so_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    async def story(url: str) -> None:
+        async with held(url):
+            pass
+        async with running_world(url, lease_s=1.0):
+            with sqlite3.connect(tmp_path / "s.db") as backup:
+                backup.execute("UPDATE cluster SET epoch = 1")
+            await asyncio.sleep(PATIENCE_S)
+
+    async def stories() -> None:
+        url = f"sqlite:///{tmp_path}/s.db"
+        with pytest.raises(Rewound, match="The store is an earlier one than that of this manager: 1 is there, not 2"):
+            await story(url)
+        async with running_world(url) as world:
+            assert (await world.register("a")).status_code == 200
+
+    asyncio.run(stories())
 
 
 def test_who_knows_a_later_epoch_is_told_one_that_is_later_still(store_url: str) -> None:

@@ -15,7 +15,7 @@ from modelpool.control_http import Server, TokenGuard, bind_control_socket, bind
 from modelpool.home import AlreadyRunning, Home
 from modelpool.manager.api import control_app
 from modelpool.manager.startup import holder_here, manager_of
-from modelpool.manager.store import Deposed, Holder, StoreError
+from modelpool.manager.store import Holder, NotHeld, StoreError
 from modelpool.settings import Settings, SettingsError, from_environment
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def main() -> int:
         home = Home(settings.home_path)
         with home.lock("manager") as lock_id:
             uvloop.run(serve(settings, home, holder_here(lock_id)))
-    except Deposed as error:
+    except NotHeld as error:
         log.error("ended: %s", error)
         return 1
     except (process.StartupError, SettingsError, StoreError, AlreadyRunning, OSError) as error:

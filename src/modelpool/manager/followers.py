@@ -31,6 +31,7 @@ class Followers:
         """One has been told all that there is."""
         self.keys = KeyRegister(store, tell=self.tell)
         self._store = store
+        self._epoch = store.epoch
         self._table = RoutingTable()
         self._sequence = 0
         self._sharing = Sharing()
@@ -73,8 +74,14 @@ class Followers:
                 else self._snapshot()
             )
 
+    def tell_of_epoch(self) -> None:
+        """Tell all of it anew, where that is of another epoch than they know."""
+        if self._store.epoch != self._epoch:
+            self.tell_all()
+
     def tell_all(self) -> None:
         """Tell all of it anew."""
+        self._epoch = self._store.epoch
         if self._table.complete:
             self._sequence += 1
         for update in self._whole():

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from modelpool.manager.store import Deposed, Store, StoreError
+from modelpool.manager.store import NotHeld, Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +35,23 @@ class Lease:
         return self._alone or _now() < self._until
 
     async def begin(self) -> None:
-        """Raises Deposed, and StoreError where nobody could be sure of it."""
+        """Raises NotHeld, and StoreError where nobody could be sure of it."""
         try:
             await self.renew()
-        except Deposed:
+        except NotHeld:
             raise
         except StoreError:
             if not self._alone:
                 raise
 
     async def renew(self) -> None:
-        """Raises Deposed, StoreError."""
+        """Raises NotHeld, StoreError."""
         asked = _now()
         await self._store.renew()
         self._until = asked + self._lease_s * (1 - _MARGIN)
 
     async def keep(self) -> None:
-        """Renew it, until cancelled. Raises Deposed."""
+        """Renew it, until cancelled. Raises NotHeld."""
         while True:
             try:
                 async with asyncio.timeout(self._lease_s / 3):
@@ -61,7 +61,7 @@ class Lease:
             await self._renew_at_last()
 
     async def _renew_at_last(self) -> None:
-        """Return once it is renewed, and what came of the trouble is known. Raises Deposed."""
+        """Return once it is renewed, and what came of the trouble is known. Raises NotHeld."""
         told = False
         while True:
             doubtful = self._store.trouble.is_set()
@@ -73,7 +73,7 @@ class Lease:
                 if told:
                     log.info("the store can be used again")
                 return
-            except Deposed:
+            except NotHeld:
                 raise
             except StoreError as error:
                 if not told:

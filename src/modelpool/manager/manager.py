@@ -35,7 +35,7 @@ from modelpool.manager.ordering import Orders
 from modelpool.manager.parts import in_parts
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
 from modelpool.manager.registered import differences, missing
-from modelpool.manager.store import LEASE_S, Deposed, Holder, Store, StoreError
+from modelpool.manager.store import LEASE_S, Holder, NotHeld, Store, StoreError
 from modelpool.manager.translation import key_of, model_of, worker_reported
 from modelpool.manager.watches import Watches
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
@@ -81,7 +81,7 @@ async def running_manager(
     lease_s: float = LEASE_S,
 ) -> AsyncIterator[Manager]:
     """A manager that holds the store, knows what it knows, and acts. On the way out its tasks have ended; instances
-    run on. Raises Deposed when another manager takes over.
+    run on. Raises NotHeld when another manager takes over, or the store is put back to what it was before this one.
     """
     holder = holder or Holder(id=secrets.token_hex(8), name=f"process {os.getpid()}")
     await store.take_over(holder, lease_s)
@@ -101,8 +101,8 @@ async def running_manager(
                 manager.detach()
             await manager.save()
     except BaseExceptionGroup as group:
-        if deposed := group.subgroup(Deposed):
-            raise deposed.exceptions[0] from None
+        if lost := group.subgroup(NotHeld):
+            raise lost.exceptions[0] from None
         raise
     finally:
         await client.aclose()
@@ -246,7 +246,7 @@ class Manager:
     async def _outlive(self, epoch: str) -> None:
         """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
 
-        Raises Conflict where it is of another cluster, Deposed where it is of a manager that came after this one.
+        Raises Conflict where it is of another cluster, NotHeld where it is of a manager that came after this one.
         """
         if is_foreign(epoch, self._store.epoch):
             raise Conflict(
@@ -283,6 +283,7 @@ class Manager:
                 if worker_id not in remembered:
                     await self._store.remember_worker(worker_id, facts.info.url)
         await self._keys.reread()
+        self._followers.tell_of_epoch()
         self._changed.set()
 
     def _take_model(self, stored: StoredModel) -> None:
@@ -484,7 +485,7 @@ class Manager:
         try:
             async with self._writing:
                 await self._store.remember_worker(info.worker_id, info.url)
-        except Deposed:
+        except NotHeld:
             raise
         except StoreError as error:
             log.warning("worker %s is written down later: %s", info.worker_id, error)

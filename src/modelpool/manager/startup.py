@@ -20,7 +20,7 @@ from modelpool.settings import Settings
 async def manager_of(
     settings: Settings, home: Home, holder: Holder, gateways: tuple[str, ...] = ()
 ) -> AsyncIterator[Manager]:
-    """The manager of the pool whose store is where the settings say, or in `home`. Raises StoreError, Deposed."""
+    """The manager of the pool whose store is where the settings say, or in `home`. Raises StoreError, also NotHeld."""
     url = settings.manager.store_url
     if not url:
         open_private(home.store, "ab").close()  # before SQLite makes it; what it makes beside it is alike

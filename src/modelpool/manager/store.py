@@ -55,10 +55,18 @@ class StoreInUse(StoreError):
     """Another manager holds the store, and renews its lease."""
 
 
-class Deposed(StoreError):
-    """Another manager has taken the store over since. This one may not change anything any more."""
+class NotHeld(StoreError):
+    """The store is not this manager's any more, which may not change anything in it."""
 
     code = "manager_away"
+
+
+class Deposed(NotHeld):
+    """Another manager has taken the store over since."""
+
+
+class Rewound(NotHeld):
+    """The store was put back to what it was before this manager, as from a backup. It can be taken over anew."""
 
 
 def _stored_model(row: sa.Row[Any]) -> StoredModel | None:
@@ -134,6 +142,9 @@ class Store:
         self._cluster = ""
         self._number = 0
         self._lease_s = LEASE_S
+        self._holder = ""
+        self._went_to: list[int] = []
+        """Epochs that this manager gave itself, of which nobody knows whether that was done."""
         self._unwritten: Holder | None = None
         """Who holds it here, where that could not be written yet."""
         self.trouble = asyncio.Event()
@@ -153,7 +164,7 @@ class Store:
 
         Where it cannot be written to, who is alone holds it all the same: what it writes first says so.
         """
-        self._lease_s = lease_s
+        self._lease_s, self._holder = lease_s, holder.id
         try:
             await self._take_over(holder)
         except StoreInUse:
@@ -165,12 +176,12 @@ class Store:
             log.warning("the store can be read only: %s", error)
 
     async def _take_over(self, holder: Holder) -> None:
-        give_up: float | None = None
+        waited_for, give_up = "", 0.0
         while held := await self._within(self._take(holder)):
             now = asyncio.get_running_loop().time()
-            if give_up is None:
+            if held.by != waited_for:
                 log.info("waiting up to %.1f s for the lease of the manager %s to end", held.left_s, held.by)
-                give_up = now + held.left_s + _CLOCK_S
+                waited_for, give_up = held.by, now + held.left_s + _CLOCK_S
             elif now >= give_up:
                 raise StoreInUse(f"The store is in use by the manager {held.by}, which is alive.")
             await asyncio.sleep(min(_LOOK_S, held.left_s + _CLOCK_S))
@@ -197,7 +208,7 @@ class Store:
         self._cluster, self._number, self._unwritten = known.cluster, known.epoch + 1, holder
 
     async def renew(self) -> None:
-        """Hold the store for another lease. Raises Deposed, StoreError."""
+        """Hold the store for another lease. Raises NotHeld, StoreError."""
         await self._write()
 
     async def go_past(self, number: int) -> None:
@@ -205,8 +216,10 @@ class Store:
 
         Raises Deposed where it was another manager that went there.
         """
+        self._went_to.append(number + 1)
         await self._write(sa.update(tables.cluster).values(epoch=number + 1))
         self._number = number + 1
+        self._went_to.clear()
 
     async def let_go(self) -> None:
         """The next manager need not wait."""
@@ -337,14 +350,26 @@ class Store:
         self._unwritten = None
 
     async def _make_sure(self, connection: AsyncConnection) -> None:
-        """This manager holds the store until the end of the transaction: the row stays locked. Raises Deposed."""
-        written, values = self._number, {}
+        """This manager holds the store until the end of the transaction: the row stays locked. Raises NotHeld.
+
+        What the store has as its epoch is known after that, also where a change of it was in doubt.
+        """
+        row, written, values = tables.cluster.c, self._number, {}
         if (new := self._unwritten) is not None:
             written, values = self._number - 1, {"epoch": self._number, "holder": new.id, "held_by": new.name}
-        mine = sa.update(tables.cluster).where(tables.cluster.c.epoch == written)
-        held = await connection.execute(mine.values(**values, lease_until=_clock() + self._lease_s))
-        if held.rowcount == 0:
-            raise Deposed(f"Another manager has taken over from this one, which had epoch {self.epoch}.")
+        went = sa.and_(row.epoch.in_(self._went_to), row.holder == self._holder)
+        mine = sa.update(tables.cluster).where(sa.or_(row.epoch == written, went))
+        renewed = mine.values(**values, lease_until=_clock() + self._lease_s).returning(row.cluster, row.epoch)
+        held = (await connection.execute(renewed)).first()
+        if held is None:
+            raise await self._why_not_held(connection, written)
+        self._cluster, self._number = held
+
+    async def _why_not_held(self, connection: AsyncConnection, written: int) -> NotHeld:
+        there = (await connection.execute(sa.select(tables.cluster.c.epoch))).scalar_one()
+        if there < written:
+            return Rewound(f"The store is an earlier one than that of this manager: {there} is there, not {written}.")
+        return Deposed(f"Another manager has taken over from this one, which had epoch {self.epoch}.")
 
     async def _within(self, work: Awaitable[T]) -> T:
         """Do not wait longer than `answer_s`, nor for a driver that cannot be cancelled while its server is silent."""
