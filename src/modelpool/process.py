@@ -63,7 +63,8 @@ def enter(part: str, *, log_level: str = "info") -> None:
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)-7s {part} %(name)s: %(message)s"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for talkative in ("httpx", "alembic.runtime.plugins"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     if os.environ.get(READY_FD) and not os.environ.get(DETACHED):
         end_with_parent()
 

@@ -336,7 +336,7 @@ def _from_file(file: Path) -> Settings:
         return msgspec.convert(raw, Settings)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, msgspec.ValidationError, ValueError, RecursionError) as error:
         raise SettingsError(f"{file}: {error}") from error
 
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpool.cli.models_file import BadFile, read_as, read_models
-from modelpool.messages.dump import Dump
+from modelpool.cli.models_file import BadFile, read_dump, read_models, text_of
 from modelpool.messages.models import ModelSpec
 
 GOOD = """\
@@ -64,7 +63,17 @@ def test_the_example_is_good() -> None:
             "m.yaml:4: `models[1].alias`: 'a' is there twice",
         ),
         ("models:\n  - alias: a\n    engine_args: !!binary x\n", "m.yaml:"),
-        ("models:\n  - alias: a\n    engine_args: !!python/object:os.system {}\n", "m.yaml:3: is no YAML: "),
+        ("models:\n  - alias: a\n    engine_args: !!python/object:os.system {}\n", "m.yaml:3: could not determine"),
+        ("models:\n  - alias: a\n    fake: \0\n", "m.yaml:3: is no YAML: the character #x00 may not stand here"),
+        ("models:\n  - alias: a\n    max_replicas: !!int x\n", "m.yaml:3: invalid literal for int()"),
+        ("models:\n  - alias: a\n    max_replicas: 2024-13-01\n", "m.yaml:3: month must be in 1..12"),
+        ("models:\n  - alias: a\n    idle_unload_s: .nan\n", "m.yaml:3: nan is no number that could be meant"),
+        ("models:\n  - alias: a\n    gpu_memory_gb: .inf\n", "m.yaml:3: inf is no number that could be meant"),
+        (
+            "models:\n  - alias: a\n    engine_args: &x {x: *x}\n",
+            "m.yaml:2: in `models[0]`: is nested too deep, or in itself",
+        ),
+        ("models: " + "[" * 5000 + "]" * 5000, "m.yaml: is nested too deep"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line_and_field(text: str, says: str) -> None:
@@ -76,4 +85,16 @@ def test_what_is_wrong_is_said_with_its_line_and_field(text: str, says: str) -> 
 def test_a_dump_that_was_changed_by_hand_is_checked_too() -> None:
     text = "cluster: c\nmodels:\n- spec:\n    alias: a\n    fake: true\n  created: soon\n"
     with pytest.raises(BadFile, match=r"^d\.yaml:6: in `models\[0\]\.created`: "):
-        read_as(text, "d.yaml", Dump)
+        read_dump(text, "d.yaml")
+
+
+def test_what_is_no_dump_is_said_to_be_none() -> None:
+    for text in ("", "[]", GOOD):
+        with pytest.raises(BadFile, match=r"^d\.yaml:1: is no dump, which begins with `cluster:`; a file of models is"):
+            read_dump(text, "d.yaml")
+
+
+def test_the_line_of_what_is_no_text_is_said() -> None:
+    assert text_of("models: [ä]".encode(), "m.yaml") == "models: [ä]"
+    with pytest.raises(BadFile, match=r"^m\.yaml:2: is no text: invalid start byte of UTF-8, 0xff"):
+        text_of(b"models:\n- \xff\n", "m.yaml")

@@ -41,7 +41,13 @@ def test_a_bad_variable_is_named_with_its_value(environ: dict[str, str], says: s
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("worker: {prot: 1}", "unknown field `prot`"), ("worker: {port: x}", r"worker.port"), ("a: [", "pool.yaml")],
+    [
+        ("worker: {prot: 1}", "unknown field `prot`"),
+        ("worker: {port: x}", r"worker.port"),
+        ("a: [", "pool.yaml"),
+        ("worker: {port: 2024-13-01}", "pool.yaml: month must be in 1..12"),
+        ("[" * 5000 + "]" * 5000, "pool.yaml: "),
+    ],
 )
 def test_a_bad_file_is_named_with_the_path_of_the_value(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "pool.yaml"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
 
 from modelpool.errors import PoolError
+from modelpool.messages.dump import Dump
 from modelpool.messages.models import ModelSpec, decode_body
+
+T = TypeVar("T")
 
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 _OURS = re.compile(r"`(?P<path>[^`]*)`: (?P<field>[a-z_]\w*): ")
@@ -37,26 +41,57 @@ def read_models(text: str, name: str) -> dict[str, ModelSpec]:
     return models
 
 
-def read_as(text: str, name: str, type_: type[Any]) -> Any:
-    """The whole file as one struct. Raises BadFile."""
+def read_dump(text: str, name: str) -> Dump:
+    """What `modelpool dump` printed. Raises BadFile."""
     raw, root = _parsed(text, name)
-    return _decoded(raw, root, [], type_, name)
+    if not isinstance(raw, dict) or "cluster" not in raw:
+        raise _bad(name, root, "is no dump, which begins with `cluster:`; a file of models is for `apply -f`")
+    return _decoded(raw, root, [], Dump, name)
+
+
+def text_of(data: bytes, name: str) -> str:
+    """The text of a file. Raises BadFile where it is none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadFile(f"{name}:{line}: is no text: {error.reason} of UTF-8, {data[error.start]:#04x}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the line of each value that cannot be made, or that JSON has not."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except ValueError as error:  # 2024-13-01, a number of 5,000 digits
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = f"{value} is no number that could be meant"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
 def _parsed(text: str, name: str) -> tuple[Any, yaml.Node | None]:
     """What a YAML file says, and where it says it."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         _refuse_repeated_keys(root, name)
         return (None if root is None else loader.construct_document(root)), root
+    except yaml.constructor.ConstructorError as error:
+        raise BadFile(f"{name}:{_line(error)}: {error.problem}") from error
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise BadFile(f"{name}:{line}: is no YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise BadFile(f"{name}: is no YAML: {error}") from error
-    finally:
-        loader.dispose()
+        raise BadFile(f"{name}:{_line(error)}: is no YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise BadFile(f"{name}:{line}: is no YAML: the character #x{error.character:02x} may not stand here") from error
+    except RecursionError as error:
+        raise BadFile(f"{name}: is nested too deep") from error
+
+
+def _line(error: yaml.MarkedYAMLError) -> int:
+    return error.problem_mark.line + 1 if error.problem_mark else 1
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, name: str) -> None:
@@ -81,12 +116,14 @@ def _mappings(node: yaml.Node | None, met: set[int]) -> Iterator[yaml.MappingNod
             yield from _mappings(each, met)
 
 
-def _decoded(raw: Any, root: yaml.Node | None, at: list[str | int], type_: type[Any], name: str) -> Any:
+def _decoded(raw: Any, root: yaml.Node | None, at: list[str | int], type_: type[T], name: str) -> T:
     """A part of a file as a struct, checked as the API checks it. Raises BadFile."""
     try:
         return decode_body(msgspec.json.encode(raw), type_)
     except (TypeError, ValueError, OverflowError) as error:  # what YAML has and JSON has not
         raise _bad(name, _node_at(root, at), str(error)) from error
+    except RecursionError as error:
+        raise _bad(name, _node_at(root, at), f"in `{_written(at)}`: is nested too deep, or in itself") from error
     except PoolError as error:
         path = error.param or ""
         if ours := _OURS.match(error.message):

@@ -17,6 +17,7 @@ from modelpool.manager.api import control_app
 from modelpool.manager.startup import holder_here, manager_of
 from modelpool.manager.store import Holder, NotHeld, StoreError
 from modelpool.settings import Settings, SettingsError, from_environment
+from modelpool.tcp import url_of
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ async def serve(settings: Settings, home: Home, holder: Holder) -> None:
             token = settings.token or home.cluster_token()
             tcp = bind_tcp(settings.manager.host, settings.manager.port, flag="--manager-port", variable="MANAGER_PORT")
             servers.append((Server(TokenGuard(app, token=token)), tcp))
+            log.info("workers may register at %s", url_of(tcp))
         process.calm_collector()
         await _serve_all(servers, ending, url=f"unix:{home.control_socket}")
 

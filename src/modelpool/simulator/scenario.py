@@ -146,7 +146,7 @@ def read_scenario(path: Path) -> Scenario:
         return msgspec.convert(yaml.safe_load(path.read_text()) or {}, Scenario)
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, msgspec.ValidationError, ValueError, RecursionError) as error:
         raise ScenarioError(f"{path}: {error}") from error
 
 

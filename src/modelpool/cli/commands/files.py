@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -15,11 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from modelpool.cli.client import PoolClient
-from modelpool.cli.models_file import BadFile, read_as, read_models
+from modelpool.cli.models_file import BadFile, read_dump, read_models, text_of
 from modelpool.cli.options import JsonOption, UrlOption, client_of
 from modelpool.cli.output import fail, print_json, show
 from modelpool.cli.plan import Step, lines, patch, plan
-from modelpool.messages.dump import Dump
 from modelpool.messages.models import CHANGEABLE
 
 T = TypeVar("T")
@@ -95,7 +93,7 @@ def load(
     json: JsonOption = False,
 ) -> None:
     """Add what was dumped: all of it, or nothing where something of it is there and differs."""
-    dumped = _read(file, partial(read_as, type_=Dump))
+    dumped = _read(file, read_dump)
     with client_of(url) as client:
         loaded = client.load(dumped, restore=restore)
     show(loaded, json, lambda: f"loaded {len(loaded.models)} models and {len(loaded.keys)} keys")
@@ -104,18 +102,12 @@ def load(
 def _read(file: Path, read: Callable[[str, str], T]) -> T:
     """What a file says, by its text and name; what is wrong in it ends the command before anything was done."""
     try:
-        return read(_text_of(file), str(file))
-    except BadFile as error:
-        fail(str(error), code=2)
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text()
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return read(text_of(data, str(file)), str(file))
     except OSError as error:
         fail(f"{file} cannot be read: {error.strerror}.", code=2)
-    except UnicodeDecodeError as error:
-        fail(f"{file} is no text: {error}.", code=2)
+    except BadFile as error:
+        fail(str(error), code=2)
 
 
 def _print_plan(steps: list[Step], json: bool) -> None:
