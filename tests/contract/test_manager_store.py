@@ -7,6 +7,7 @@ import socket
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,28 @@ def test_a_pool_that_became_another_without_a_word_about_it_knows_what_it_is(
     asyncio.run(story())
 
 
+def test_what_was_loaded_is_known_though_the_store_could_not_be_read_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with running_world(f"sqlite:///{tmp_path}/s.db") as world:
+            models, times = world.store.models, 0
+
+            async def fail_once() -> list[StoredModel]:
+                nonlocal times
+                times += 1
+                if times == 1:
+                    raise StoreError("The connection broke.")
+                return await models()
+
+            monkeypatch.setattr(world.store, "models", fail_once)
+            dump = Dump(cluster="other", models=(StoredModel(ModelSpec(alias="m", fake=True), 1),), keys=())
+            assert (await world.http.post("/admin/load", content=msgspec.json.encode(dump))).status_code == 503
+            await world.until(_has(world.aliases, ["m"]))
+
+    asyncio.run(story())
+
+
 async def go_on_too_long(next_: Store, url: str) -> None:
     async with running_world(url) as world:
         await world.register("a")
@@ -332,5 +355,53 @@ def test_a_new_manager_takes_a_silent_worker_to_run_what_it_ran_and_a_dead_one_n
         async with running_world(store_url, recovery_s=1.0) as world:
             await world.until(_is(lambda: not world.manager._pool.recovering))
             assert await active(world, "m") == []
+
+    asyncio.run(story())
+
+
+async def worker_registers(world: World, url: str, incarnation: str = "1") -> None:
+    answer = await world.http.post("/workers/register", content=msgspec.json.encode(told(url, incarnation=incarnation)))
+    assert answer.status_code == 200, answer.text
+
+
+async def worker_is_alive(world: World) -> bool:
+    return [each["alive"] for each in (await world.http.get("/workers")).json()["workers"]] == [True]
+
+
+def test_workers_that_move_and_leave_while_the_store_is_out_are_written_down_later(tmp_path: Path) -> None:
+    async def story() -> None:
+        url = f"sqlite:///{tmp_path}/s.db"
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            elsewhere = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            async with running_world(url, lease_s=1.5) as world:
+                await worker_registers(world, "http://127.0.0.1:1")
+                await world.until(_has(partial(worker_is_alive, world), False))
+                async with sqlite_out(tmp_path / "s.db"):
+                    await worker_registers(world, elsewhere, "2")
+                await world.until(_has(world.store.workers, {"w": elsewhere}))
+
+                assert (await world.http.post("/admin/workers/w/drain")).status_code == 200
+                async with sqlite_out(tmp_path / "s.db"):
+                    assert (await world.http.delete("/workers/w/unregister")).status_code == 200
+                await world.until(_has(world.store.workers, {}))
+                assert await world.store.draining() == []
+                await worker_registers(world, elsewhere, "3")
+                assert not (await world.http.get("/workers")).json()["workers"][0]["draining"]
+
+    asyncio.run(story())
+
+
+def test_a_drained_worker_that_ended_while_no_manager_was_there_is_not_sent_away_when_it_comes_again(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        url = f"sqlite:///{tmp_path}/s.db"
+        async with held(url) as store:
+            await store.remember_worker("w", "http://127.0.0.1:1")
+            await store.drain("w", drain=True)
+        async with running_world(url, recovery_s=0.5) as world:
+            await world.until(_has(world.store.draining, []))
+            await worker_registers(world, "http://127.0.0.1:1")
+            assert not (await world.http.get("/workers")).json()["workers"][0]["draining"]
 
     asyncio.run(story())

@@ -35,6 +35,7 @@ from modelpool.manager.ordering import Orders
 from modelpool.manager.parts import in_parts
 from modelpool.manager.recollection import SAVE_EVERY_S, Recollection
 from modelpool.manager.registered import differences, missing
+from modelpool.manager.roster import Roster
 from modelpool.manager.store import LEASE_S, Holder, NotHeld, Store, StoreError
 from modelpool.manager.translation import key_of, model_of, worker_reported
 from modelpool.manager.watches import Watches
@@ -139,6 +140,7 @@ class Manager:
         self._recovered = asyncio.Event()
         self._alone_until = 0.0
         self._recollection = Recollection(store)
+        self._roster = Roster(store)
         self._writing = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
         self._owned: set[asyncio.Task[None]] = set()
@@ -266,8 +268,8 @@ class Manager:
     async def _reread(self) -> None:
         """Know what the store knows, after a write of which nobody knows whether it was done. Raises StoreError."""
         async with self._writing:
+            await self._roster.catch_up({worker_id: facts.info.url for worker_id, facts in self._facts.items()})
             stored = {each.spec.alias: each for each in await self._store.models()}
-            remembered = await self._store.workers()
             draining = set(await self._store.draining())
             for worker_id in draining ^ self._pool.draining.keys():
                 self._apply((events.DrainBegun if worker_id in draining else events.DrainCancelled)(worker_id))
@@ -279,9 +281,6 @@ class Manager:
             for alias, each in stored.items():
                 if self._specs[alias] != each.spec:
                     self._take_model(each)
-            for worker_id, facts in self._facts.items():
-                if worker_id not in remembered:
-                    await self._store.remember_worker(worker_id, facts.info.url)
         await self._keys.reread()
         self._followers.tell_of_epoch()
         self._changed.set()
@@ -413,7 +412,11 @@ class Manager:
                     )
                 cluster = dump.cluster
             await self._store.load(models, keys, cluster)
-        await self._reread()
+        try:
+            await self._reread()
+        except StoreError:
+            self._store.trouble.set()  # it is done, and known as soon as the store can be read
+            raise
         self._act_now()
         self._followers.tell_all()
         await self._followers.told()
@@ -471,24 +474,28 @@ class Manager:
         except WorkerUnreachable as error:
             log.info("worker %s does not answer at %s: %s", worker_id, url, error)
             if error.refused:
+                await self._forget_drained(worker_id)
                 return
         if found is not None and found.info.worker_id == worker_id and worker_id not in self._facts:
             log.info("worker %s runs on at %s with %d instances", worker_id, url, len(found.instances))
             self._heard(found.info, found)
             self._watches.begin(found.info)
 
+    async def _forget_drained(self, worker_id: str) -> None:
+        """One that was to go, and has ended while no manager was there to see it. The next of its name is to stay."""
+        await self._recovered.wait()
+        async with self._writing:
+            if worker_id in self._pool.draining and worker_id not in self._facts:
+                await self._roster.leave(worker_id)
+                self._apply(events.DrainCancelled(worker_id))
+
     async def _remember(self, info: WorkerInfo) -> None:
         """So that the next manager waits for it. It is taken all the same while the store is out."""
         known = self._facts.get(info.worker_id)
         if known is not None and known.info.url == info.url:
             return
-        try:
-            async with self._writing:
-                await self._store.remember_worker(info.worker_id, info.url)
-        except NotHeld:
-            raise
-        except StoreError as error:
-            log.warning("worker %s is written down later: %s", info.worker_id, error)
+        async with self._writing:
+            await self._roster.enter(info.worker_id, info.url)
 
     def _check_name(self, info: WorkerInfo) -> None:
         """Raises Conflict where another live worker has this name: the two would take each other's place for ever."""
@@ -537,8 +544,7 @@ class Manager:
                 raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
             if incarnation not in ("", facts.info.incarnation):
                 raise WorkerNotFound(f"The worker `{worker_id}` was started again since; this life of it is over.")
-            with suppress(StoreError):  # the next manager waits for it in vain, and not long
-                await self._store.forget_worker(worker_id)
+            await self._roster.leave(worker_id)
         log.info("worker %s leaves", worker_id)
         self._apply(events.WorkerLeft(worker_id, facts.info.incarnation))
         if worker_id not in self._pool.workers:
@@ -556,6 +562,7 @@ class Manager:
             if worker_id not in self._pool.workers:
                 raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
             if drain is not (worker_id in self._pool.draining):
+                await self._roster.settle()
                 await self._store.drain(worker_id, drain=drain)
                 self._apply(events.DrainBegun(worker_id) if drain else events.DrainCancelled(worker_id))
                 self._act_now()
