@@ -44,7 +44,7 @@ API_KEY = "the-api-key"
 TOKEN = "the-cluster-token"
 
 
-def entry(alias: str, endpoints: Iterable[Endpoint], *, prefix: str = "", capacity: int = 4) -> ModelEntry:
+def entry(alias: str, endpoints: Iterable[Endpoint], *, prefix: str = "", capacity: int = 1000) -> ModelEntry:
     """A model with an instance at each endpoint."""
     routes = tuple(
         Route(

@@ -19,6 +19,7 @@ PoolError
 │   ├── ModelNotReady      503
 │   ├── NoAvailableWorker  503
 │   ├── WaitingRoomFull    429
+│   ├── ModelBusy          503
 │   ├── TooManyOngoing     503
 │   └── Draining           503
 ├── EngineError            the engine is at fault
@@ -190,6 +191,12 @@ class WaitingRoomFull(CapacityError):
 
     status = 429
     code = "waiting_room_full"
+
+
+class ModelBusy(CapacityError):
+    """All instances have as many requests as they take at once."""
+
+    code = "model_busy"
 
 
 class TooManyOngoing(CapacityError):

@@ -68,7 +68,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Long enough for a large model's weights from a disk, and half of what OpenAI's clients wait for an answer.
     """
-    waiting_max_requests: Annotated[int, Meta(ge=0)] = 1024
+    waiting_max_requests: Annotated[int, Meta(ge=0)] = 8192
     """So many may wait for one model."""
     waiting_max_bytes: Annotated[int, Meta(ge=0)] = 256 << 20
     """And their bodies may have this many bytes in all."""

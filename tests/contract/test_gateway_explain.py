@@ -36,7 +36,11 @@ async def explained(of: World | Gateway, request_id: str, *, ended: bool = True)
 
 @on_uvloop
 async def test_an_answered_request_is_told_with_choice_loads_and_times() -> None:
-    async with serving(Upstream()) as one, serving(Upstream()) as two, gateway(entry("m", [one, two])) as world:
+    async with (
+        serving(Upstream()) as one,
+        serving(Upstream()) as two,
+        gateway(entry("m", [one, two], capacity=4)) as world,
+    ):
         with world.table.model("m").instances[0].lease():
             answer = await world.ask(chat())
         told = await explained(world, answer.request_id)

@@ -22,6 +22,7 @@ from modelpool.home import Home
 from modelpool.process import READY_FD, Ready
 from tests.e2e.conftest import FAKE_ONLY
 from tests.e2e.pool import PoolProcess, end, eventually, running_pool
+from tests.load import ConstantLoad
 
 LIMIT = 300
 
@@ -220,3 +221,48 @@ def test_a_node_knows_what_the_other_has_in_flight(nodes: Nodes) -> None:
             ]
         assert counts == [4, 4]
     pool.remove("wide")
+
+
+class Most:
+    """The most requests that an instance has at once, as its worker says, until it is left."""
+
+    def __init__(self, pool: PoolProcess, instance: str) -> None:
+        self.seen = 0
+        self._pool = pool
+        self._path = f"/instances/{instance}/status"
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Most:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        with self._pool.worker_http() as worker:
+            while not self._done.wait(0.005):
+                self.seen = max(self.seen, worker.get(self._path).json()["inflight_requests"])
+
+
+@pytest.mark.parametrize("asked", [(0, 1), (0,), (1, 1, 1, 0)], ids=["both alike", "one", "one much more"])
+def test_an_instance_is_never_sent_more_than_it_takes_but_for_one_of_each_gateway(
+    nodes: Nodes, asked: Sequence[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, capacity, lasting_s, per_second, seconds = nodes.pool, 8, 0.1, 100.0, 5.0
+    pool.register("narrow", fake=True, fake_delay_ms=int(1000 * lasting_s), fake_capacity=capacity, max_replicas=1)
+    pool.wait_active("narrow")
+    urls = [nodes.urls[number] for number in asked]
+    began = time.monotonic()
+    with Most(pool, "narrow") as most, ConstantLoad(urls, "narrow", nodes.admin, per_second, max_tokens=1) as load:
+        time.sleep(seconds)
+    took = time.monotonic() - began
+    with capsys.disabled():
+        print(f"\ncapacity {capacity}, {len(load.asked)} requests in {took:.1f} s, most at once {most.seen}")
+    assert load.failures() == {}
+    assert len(load.asked) >= 0.9 * per_second * seconds
+    assert capacity <= most.seen <= capacity + len(nodes.urls)
+    assert took < 2 * len(load.asked) * lasting_s / capacity
+    pool.remove("narrow")

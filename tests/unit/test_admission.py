@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -177,6 +179,32 @@ def test_thousands_are_granted_in_their_order() -> None:
     assert room.available("m") == tickets
 
 
+def test_what_is_full_is_granted_as_places_are_freed_callers_in_turn() -> None:
+    room = admission("m", max_ongoing=10)
+    assert room.enter("m")
+    room.full("m")
+    assert not room.enter("m")
+    greedy = [ticket("greedy") for _ in range(4)]
+    joined(room, *greedy, modest := ticket("modest"), urgent := ticket("modest", priority=1))
+    assert room.freed("m", 2) == [urgent, greedy[0]]
+    assert room.freed("m") == [modest]
+    room.leave(greedy[1])
+    assert room.freed("m", 5) == greedy[2:]
+    assert room.enter("m")
+
+
+def test_one_that_was_granted_a_place_and_found_none_has_its_turn_back() -> None:
+    room = admission("m", max_ongoing=10)
+    room.full("m")
+    joined(room, first := ticket(), second := ticket(), third := ticket())
+    assert room.freed("m", 2) == [first, second]
+    for back in (second, first):
+        room.full("m")
+        room.done()
+        joined(room, back)
+    assert room.freed("m", 3) == [first, second, third]
+
+
 class TicketsAreServed(RuleBasedStateMachine):
     """Any order of events, against what the order of grants promises and a plain list of what waits."""
 
@@ -185,9 +213,11 @@ class TicketsAreServed(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.here: set[str] = set()
+        self.here: dict[str, float] = {}
+        """Of each alias that is available: so many more may be granted."""
         self.waiting: list[Ticket] = []
         self.ongoing: list[Ticket | None] = []
+        self.returned: set[Ticket] = set()
         # (priority, caller) → who was granted since it last was, while it had something that could be granted.
         self.passed: dict[tuple[int, str], list[str]] = {}
 
@@ -199,7 +229,7 @@ class TicketsAreServed(RuleBasedStateMachine):
 
     @rule(alias=st.sampled_from(ALIASES))
     def enter(self, alias: str) -> None:
-        could = len(self.ongoing) < self.room.max_ongoing and alias in self.here
+        could = self.may_go_on(alias)
         assert self.room.enter(alias) is could
         if could:
             self.ongoing.append(None)
@@ -214,8 +244,8 @@ class TicketsAreServed(RuleBasedStateMachine):
     def join(self, alias: str, caller: str, priority: int, size: int, patience: int) -> None:
         new = Ticket(alias, caller=caller, priority=priority, size=size, deadline=self.now + patience)
         mine = [each for each in self.waiting if each.alias == alias]
-        could = len(self.ongoing) < self.room.max_ongoing and alias in self.here
-        full = len(mine) == self.room.bounds.tickets
+        could = self.may_go_on(alias)
+        full = len(mine) >= self.room.bounds.tickets
         heavy = sum(each.size for each in mine) + size > self.room.bounds.bytes
         refusal = self.room.join(new)
         if could:
@@ -231,7 +261,7 @@ class TicketsAreServed(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(which=st.integers(0, 99))
     def leave(self, which: int) -> None:
-        gone = self.waiting.pop(which % len(self.waiting))
+        self.waits_no_more(gone := self.waiting[which % len(self.waiting)])
         self.forget_the_ineligible()
         assert self.room.leave(gone) == ()
         assert gone.state is State.ENDED
@@ -242,6 +272,7 @@ class TicketsAreServed(RuleBasedStateMachine):
         held = [each for each in self.ongoing if each is not None]
         missed = held[which % len(held)]
         self.ongoing.remove(missed)
+        self.free(missed.alias, 1)
         self.granted(self.room.leave(missed))
 
     @precondition(lambda self: self.ongoing)
@@ -250,16 +281,47 @@ class TicketsAreServed(RuleBasedStateMachine):
         self.ongoing.pop(which % len(self.ongoing))
         self.granted(self.room.done())
 
+    @precondition(lambda self: any(each and each.number for each in self.ongoing))
+    @rule(which=st.integers(0, 99))
+    def find_it_full(self, which: int) -> None:
+        """One that has waited finds no place after all, and is back where it was."""
+        held = [each for each in self.ongoing if each and each.number]
+        back = held[which % len(held)]
+        self.full(back.alias)
+        self.ongoing.remove(back)
+        self.granted(self.room.done())
+        could = self.may_go_on(back.alias)
+        assert self.room.join(back) is None
+        if could:
+            self.ongoing.append(back)
+        else:
+            insort(self.waiting, back, key=lambda each: each.number)
+            self.returned.add(back)
+        self.forget_the_ineligible()
+
     @rule(alias=st.sampled_from(ALIASES))
     def available(self, alias: str) -> None:
-        self.here.add(alias)
+        self.here.setdefault(alias, math.inf)
         self.granted(self.room.available(alias))
 
     @rule(alias=st.sampled_from(ALIASES))
     def unavailable(self, alias: str) -> None:
-        self.here.discard(alias)
+        self.here.pop(alias, None)
         self.forget_the_ineligible()
         self.room.unavailable(alias)
+
+    @rule(alias=st.sampled_from(ALIASES))
+    def full(self, alias: str) -> None:
+        if alias in self.here:
+            self.here[alias] = 0
+        self.forget_the_ineligible()
+        self.room.full(alias)
+        assert self.room.is_full(alias) == (alias in self.here)
+
+    @rule(alias=st.sampled_from(ALIASES), places=st.integers(0, 3))
+    def freed(self, alias: str, places: int) -> None:
+        self.free(alias, places)
+        self.granted(self.room.freed(alias, places))
 
     @rule(seconds=st.integers(0, 8))
     def expire(self, seconds: int) -> None:
@@ -278,9 +340,24 @@ class TicketsAreServed(RuleBasedStateMachine):
 
     # What is promised
 
+    def may_go_on(self, alias: str) -> bool:
+        return len(self.ongoing) < self.room.max_ongoing and self.here.get(alias, 0) > 0
+
+    def free(self, alias: str, places: int) -> None:
+        if places and alias in self.here:
+            self.here[alias] += places if self.waits_for(alias) else math.inf
+
+    def waits_no_more(self, ticket: Ticket) -> None:
+        self.waiting.remove(ticket)
+        if ticket.alias in self.here and not self.waits_for(ticket.alias):
+            self.here[ticket.alias] = math.inf
+
+    def waits_for(self, alias: str) -> bool:
+        return any(each.alias == alias for each in self.waiting)
+
     def granted(self, tickets: Sequence[Ticket]) -> None:
         for each in tickets:
-            eligible = [other for other in self.waiting if other.alias in self.here]
+            eligible = [other for other in self.waiting if self.here.get(other.alias)]
             assert each in eligible  # so it waited, and was not granted before
             assert each.priority == max(other.priority for other in eligible)
             rivals = [other for other in eligible if other.priority == each.priority]
@@ -290,18 +367,19 @@ class TicketsAreServed(RuleBasedStateMachine):
                 assert each.caller not in passed
                 passed.append(each.caller)
             self.passed.pop((each.priority, each.caller), None)
-            self.waiting.remove(each)
+            self.here[each.alias] -= 1
+            self.waits_no_more(each)
             self.ongoing.append(each)
             self.forget_the_ineligible()
 
     def forget_the_ineligible(self) -> None:
-        eligible = {(each.priority, each.caller) for each in self.waiting if each.alias in self.here}
+        eligible = {(each.priority, each.caller) for each in self.waiting if self.here.get(each.alias)}
         self.passed = {who: passed for who, passed in self.passed.items() if who in eligible}
 
     def taken_out(self, tickets: Iterable[Ticket]) -> None:
         for each in tickets:
             assert each.state is State.ENDED
-            self.waiting.remove(each)
+            self.waits_no_more(each)
         self.forget_the_ineligible()
 
     @invariant()
@@ -312,15 +390,18 @@ class TicketsAreServed(RuleBasedStateMachine):
         assert set(room.wanted) == {each.alias for each in self.waiting}
         for alias in self.ALIASES:
             mine = [each for each in self.waiting if each.alias == alias]
-            assert room.waiting_for(alias) == len(mine) <= room.bounds.tickets
-            assert room.bytes_for(alias) == sum(each.size for each in mine) <= room.bounds.bytes
+            assert room.waiting_for(alias) == len(mine)
+            assert room.bytes_for(alias) == sum(each.size for each in mine)
+            counted = [each for each in mine if each not in self.returned]
+            assert len(counted) <= room.bounds.tickets
+            assert sum(each.size for each in counted) <= room.bounds.bytes
             assert room.is_available(alias) == (alias in self.here)
         assert room.next_deadline == min((each.deadline for each in self.waiting), default=None)
 
     @invariant()
     def nobody_waits_who_could_go_on(self) -> None:
         if self.room.ongoing < self.room.max_ongoing:
-            assert not any(each.alias in self.here for each in self.waiting)
+            assert not any(self.here.get(each.alias) for each in self.waiting)
         assert all(each.state is State.WAITING for each in self.waiting)
         assert all(each is None or each.state is State.GRANTED for each in self.ongoing)
 
@@ -328,6 +409,7 @@ class TicketsAreServed(RuleBasedStateMachine):
         """Everybody who waits is served in the end, and nothing is left."""
         for alias in self.ALIASES:
             self.available(alias)
+            self.freed(alias, 1000)
         while self.ongoing:
             self.done(0)
         room = self.room

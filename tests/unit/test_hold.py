@@ -17,6 +17,7 @@ from modelpool.errors import (
     CapacityError,
     InvalidRequest,
     ManagerAway,
+    ModelBusy,
     ModelNotFound,
     ModelNotReady,
     PoolError,
@@ -81,9 +82,13 @@ class World:
         return asyncio.get_running_loop().create_task(self.serve(alias, **wishes))
 
 
-def routed(alias: str = "m") -> ModelEntry:
-    route = Route(instance=alias, worker_id="w", host="127.0.0.1", port=1)
-    return ModelEntry(alias=alias, created=1, routes=(route,))
+def routed(alias: str = "m", *capacities: int) -> ModelEntry:
+    """With an instance for each capacity, or one that takes many requests."""
+    routes = (
+        Route(instance=f"{alias}-r{number}", worker_id="w", host="127.0.0.1", port=number, capacity=capacity)
+        for number, capacity in enumerate(capacities or (100,), 1)
+    )
+    return ModelEntry(alias=alias, created=1, routes=tuple(routes))
 
 
 def away(alias: str = "m", *, coming: bool = True, retry_after: float = 7.0) -> ModelEntry:
@@ -417,7 +422,7 @@ class NothingIsLost(RuleBasedStateMachine):
     """Requests, clients that leave, models that come and go, time: several of them at one moment, in any order."""
 
     ALIASES = ("a", "b")
-    MAX_ONGOING = 2
+    MAX_ONGOING = 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,6 +453,9 @@ class NothingIsLost(RuleBasedStateMachine):
                             await one.finish.wait()
                             self.served += 1
                             return
+                    except ModelBusy:
+                        stay = stay or Stay(room, one.alias, one.request, Line())
+                        room.full(one.alias)
                     except CapacityError as error:
                         stay = stay or Stay(room, one.alias, one.request, Line())
                         await stay.nobody_took_it(error)
@@ -505,14 +513,16 @@ class NothingIsLost(RuleBasedStateMachine):
     @rule(
         alone=st.booleans(),
         alias=st.sampled_from(ALIASES),
-        how=st.sampled_from(["routed", "routed", "coming", "failed", "removed"]),
+        how=st.sampled_from([(1,), (2,), (1, 1), (5,), "coming", "failed", "removed"]),
     )
-    def publish(self, alone: bool, alias: str, how: str) -> None:
+    def publish(self, alone: bool, alias: str, how: str | tuple[int, ...]) -> None:
         def act() -> None:
             if how == "removed":
                 self.world.publish(without=alias)
+            elif isinstance(how, tuple):
+                self.world.publish(routed(alias, *how))
             else:
-                self.world.publish(routed(alias) if how == "routed" else away(alias, coming=how == "coming"))
+                self.world.publish(away(alias, coming=how == "coming"))
 
         self.at(alone, act)
 
@@ -546,12 +556,17 @@ class NothingIsLost(RuleBasedStateMachine):
         if self.moment:
             return
         now = self.loop.time()
-        routes = self.world.table.routed()
         for each in self.all:
             if not each.held:
                 assert now - each.begun < WAIT_S
-                assert self.world.room.ongoing == self.MAX_ONGOING or each.alias not in routes
-                assert is_on_its_way(self.world.table.find(each.alias))
+                model = self.world.table.find(each.alias)
+                assert self.world.room.ongoing == self.MAX_ONGOING or not model or not model.places
+                assert is_on_its_way(model)
+
+    @invariant()
+    def no_instance_has_more_than_it_takes(self) -> None:
+        for model in self.world.table.models():
+            assert all(each.own <= each.capacity for each in model.instances)
 
     def inflight(self) -> int:
         return sum(
@@ -577,6 +592,8 @@ class NothingIsLost(RuleBasedStateMachine):
         room = self.world.room
         assert (room.ongoing, room.waiting, self.inflight(), room._timer) == (0, 0, 0, None)
         assert (room._futures, room._awake_only, room._news) == ({}, set(), set())
+        await asyncio.sleep(1)
+        assert (room._watched, room._looking) == ({}, None)
 
 
 TestNothingIsLost = NothingIsLost.TestCase

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from modelpool.core.routing.choice import Reason, least_loaded
 from modelpool.core.routing.nearest import LOOKED_AT_MAX, nearest
-from modelpool.errors import ManagerAway, ModelNotFound, ModelNotReady, NoAvailableWorker
+from modelpool.errors import ManagerAway, ModelBusy, ModelNotFound, ModelNotReady, NoAvailableWorker
 from modelpool.gateway.instances import Instance, Instances, Lease
 from modelpool.gateway.table import Gap, Table
 from modelpool.messages.routing import Delta, ModelEntry, Route, Snapshot, Unavailable
@@ -183,7 +183,13 @@ class LeasesComeBack(RuleBasedStateMachine):
 
     @rule()
     def begin(self) -> None:
-        instance, _ = self.table.model("m").choose()
+        model = self.table.model("m")
+        if not model.places:
+            with pytest.raises(ModelBusy):
+                model.choose()
+            return
+        instance, _ = model.choose()
+        assert instance.own < instance.capacity
         lease = instance.lease()
         lease.__enter__()
         self.held.append((instance, lease))

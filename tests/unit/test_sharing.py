@@ -8,6 +8,7 @@ from modelpool.messages.demand import DemandReport, KeyDemand, ModelDemand, node
 from modelpool.messages.routing import Others
 
 LIMITS = {"k": Limits(requests=100, concurrency=10)}
+CAPACITIES = {"m": 100}
 
 
 def report(
@@ -19,14 +20,18 @@ def report(
 
 
 def news(sharing: Sharing, now: float = 0.0) -> dict[str, Others]:
-    return dict(sharing.news(LIMITS.get, "c.1", 1000, now))
+    return dict(sharing.news(LIMITS.get, CAPACITIES.get, "c.1", 1000, now))
+
+
+def hear(sharing: Sharing, said: DemandReport, now: float) -> None:
+    sharing.hear(said, CAPACITIES.get, now)
 
 
 def two(now: float = 0.0) -> Sharing:
     """Two nodes that know of each other, and that all of the key's use was on the first."""
     sharing = Sharing()
     sharing.join("a.1")
-    sharing.hear(report("a.1", use=Use(requests=40), asked=Use(requests=40)), now)
+    hear(sharing, report("a.1", use=Use(requests=40), asked=Use(requests=40)), now)
     sharing.join("b.1")
     return sharing
 
@@ -39,7 +44,7 @@ def test_where_there_is_one_node_nothing_is_told() -> None:
     sharing = Sharing()
     sharing.join("a.1")
     sharing.join("a.2")
-    sharing.hear(report("a.1", use=Use(requests=3), asked=Use(requests=3)), 0.0)
+    hear(sharing, report("a.1", use=Use(requests=3), asked=Use(requests=3)), 0.0)
     assert news(sharing) == {}
 
 
@@ -48,13 +53,13 @@ def test_a_node_that_joins_gets_only_what_the_other_is_known_to_have_given_up() 
     told = news(sharing)
     assert {node: (each.nodes, each.keys["k"].requests) for node, each in told.items()} == {"a": (2, 97), "b": (2, 0)}
     assert news(sharing) == {}, "nothing is new"
-    sharing.hear(report("a.1", heard=told["a"].number, use=Use(requests=40)), 1.0)
+    hear(sharing, report("a.1", heard=told["a"].number, use=Use(requests=40)), 1.0)
     told = news(sharing, 1.0)
     assert told["b"].keys["k"].requests == 3
-    sharing.hear(report("b.1", heard=told["b"].number, use=Use(), asked=Use(requests=500)), 2.0)
+    hear(sharing, report("b.1", heard=told["b"].number, use=Use(), asked=Use(requests=500)), 2.0)
     first = news(sharing, 2.0)
-    sharing.hear(report("a.1", heard=first["a"].number, use=Use(requests=40)), 2.1)
-    sharing.hear(report("b.1", heard=told["b"].number, use=Use(requests=3), asked=Use(requests=500)), 2.1)
+    hear(sharing, report("a.1", heard=first["a"].number, use=Use(requests=40)), 2.1)
+    hear(sharing, report("b.1", heard=told["b"].number, use=Use(requests=3), asked=Use(requests=500)), 2.1)
     parts = {node: each.keys["k"].requests or 0 for node, each in news(sharing, 2.1).items()}
     assert parts["b"] > 45
 
@@ -63,7 +68,7 @@ def test_a_node_hears_what_others_have_in_flight_and_not_its_own() -> None:
     sharing = Sharing()
     for gateway in ("a.1", "a.2", "b.1"):
         sharing.join(gateway)
-        sharing.hear(report(gateway, inflight=2), 0.0)
+        hear(sharing, report(gateway, inflight=2), 0.0)
     assert {node: each.inflight for node, each in news(sharing, 100.0).items()} == {"a": {"m": 2}, "b": {"m": 4}}
 
 
@@ -73,10 +78,10 @@ def test_what_others_have_in_flight_is_an_average_so_that_nodes_do_not_all_run_t
         sharing.join(gateway)
     told = []
     for now in range(10):
-        sharing.hear(report("a.1", inflight=8 * (now % 2)), float(now))
+        hear(sharing, report("a.1", inflight=8 * (now % 2)), float(now))
         told.append(news(sharing, float(now)).get("b"))
     assert {each.inflight.get("m", 0) for each in told[4:] if each} <= {2, 3, 4, 5}
-    sharing.hear(report("a.1"), 20.0)
+    hear(sharing, report("a.1"), 20.0)
     assert news(sharing, 60.0)["b"].inflight == {}
 
 

@@ -4,6 +4,9 @@ A state machine without a clock: every method is an event, and returns what foll
 from its grant to `done`. It is granted when its alias is available and fewer than `max_ongoing` are ongoing; so no
 ticket that could be granted ever waits, and who comes when there is room need not look at the queues (`enter`).
 
+An alias of which nothing else is said takes whatever comes. Once one that was let in found it `full`, its tickets are
+granted as places are `freed`, until none of them waits any more.
+
 Order of grants: the highest priority first; within a priority the callers in turn; of one caller the oldest ticket.
 A caller's turn comes once between two turns of any other caller of its priority, whatever either has waiting.
 """
@@ -11,6 +14,7 @@ A caller's turn comes once between two turns of any other caller of its priority
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -42,19 +46,17 @@ class Ticket:
 
     __slots__ = ("alias", "caller", "deadline", "number", "priority", "size", "state")
 
-    def __init__(self, alias: str, *, caller: str, priority: int, size: int, deadline: float) -> None:
+    def __init__(self, alias: str, *, caller: str, priority: int, size: int, deadline: float, number: int = 0) -> None:
         self.alias = alias
         self.caller = caller
         self.priority = priority
         self.size = size
         self.deadline = deadline
-        self.number = 0
-        """Its place in the order in which all tickets came."""
+        self.number = number
+        """Its place in the order in which all tickets came; 0 for one that never waited."""
         self.state = State.WAITING
 
 
-_Who = tuple[int, str]
-"""(priority, caller)"""
 _Lane = OrderedDict[Ticket, None]
 """The tickets of one caller and priority for one alias, oldest first. Never empty."""
 
@@ -62,12 +64,15 @@ _Lane = OrderedDict[Ticket, None]
 class _Queue:
     """What waits for one alias."""
 
-    __slots__ = ("bytes", "lanes", "tickets")
+    __slots__ = ("bytes", "lanes", "offered", "tickets")
 
-    def __init__(self) -> None:
+    def __init__(self, *, offered: bool) -> None:
         self.tickets = 0
         self.bytes = 0
-        self.lanes: dict[_Who, _Lane] = {}
+        self.lanes: dict[int, OrderedDict[str, _Lane]] = {}
+        """By priority, by caller, callers in turn."""
+        self.offered = offered
+        """`done` may choose from it."""
 
 
 class Admission:
@@ -77,10 +82,11 @@ class Admission:
         self.max_ongoing = max_ongoing
         self.bounds = bounds
         self.ongoing = 0
-        self._available: set[str] = set()
+        self._places: dict[str, float] = {}
+        """Of each alias that is available: so many more may be granted; any number where nothing waits."""
         self._queues: dict[str, _Queue] = {}
         self._numbered = 0
-        # What waits for aliases that are available: what `done` chooses from. Lanes by alias, callers in turn.
+        # What `done` chooses from: what waits for aliases that can be sent more. Lanes by alias, callers in turn.
         self._eligible: dict[int, OrderedDict[str, dict[str, _Lane]]] = {}
         self._priorities: list[int] = []
         # Tickets by deadline; those that do not wait any more are swept out when they are more than half.
@@ -107,7 +113,10 @@ class Admission:
         return tuple(self._queues)
 
     def is_available(self, alias: str) -> bool:
-        return alias in self._available
+        return alias in self._places
+
+    def is_full(self, alias: str) -> bool:
+        return self._places.get(alias) == 0
 
     @property
     def next_deadline(self) -> float | None:
@@ -121,24 +130,32 @@ class Admission:
 
     def enter(self, alias: str) -> bool:
         """Go on at once, if there is room; `done` follows. Nobody is overtaken: see above."""
-        if self.ongoing < self.max_ongoing and alias in self._available:
+        if self.ongoing < self.max_ongoing and self._places.get(alias):
+            self.ongoing += 1
+            return True
+        return False
+
+    def enter_full(self, alias: str) -> bool:
+        """The same for one that need not find a place."""
+        if self.ongoing < self.max_ongoing and alias in self._places:
             self.ongoing += 1
             return True
         return False
 
     def join(self, ticket: Ticket) -> Refusal | None:
-        """Granted at once (see its state), else waiting, else refused."""
+        """Granted at once (see its state), else waiting, else refused. One that has waited has its place back."""
         if self.enter(ticket.alias):
             ticket.state = State.GRANTED
             return None
-        queue = self._queues.get(ticket.alias) or _Queue()
-        if queue.tickets >= self.bounds.tickets:
-            return Refusal.TICKETS
-        if queue.bytes + ticket.size > self.bounds.bytes:
-            return Refusal.BYTES
+        queue = self._queues.get(ticket.alias) or _Queue(offered=bool(self._places.get(ticket.alias)))
+        if not ticket.number:
+            if queue.tickets >= self.bounds.tickets:
+                return Refusal.TICKETS
+            if queue.bytes + ticket.size > self.bounds.bytes:
+                return Refusal.BYTES
+            self._numbered += 1
+            ticket.number = self._numbered
         self._queues[ticket.alias] = queue
-        self._numbered += 1
-        ticket.number = self._numbered
         self._put(queue, ticket)
         return None
 
@@ -154,28 +171,47 @@ class Admission:
             self._take(ticket, State.ENDED)
         elif ticket.state is State.GRANTED:
             ticket.state = State.ENDED
-            return self.done()
+            return [*self.freed(ticket.alias), *self.done()]
         return ()
 
-    def available(self, alias: str) -> Sequence[Ticket]:
-        """There is where to send requests for the alias. Returns what is granted."""
-        if alias in self._available:
+    def available(self, alias: str, places: float = math.inf) -> Sequence[Ticket]:
+        """There is where to send requests for the alias, so many at first. Returns what is granted."""
+        if alias in self._places:
             return ()
-        self._available.add(alias)
         queue = self._queues.get(alias)
-        if queue is None:
+        self._places[alias] = places if queue else math.inf
+        if queue is None or not places:
             return ()
-        for who, lane in sorted(queue.lanes.items(), key=lambda each: _oldest(each[1]).number):
-            self._offer(who, alias, lane)
+        self._offer_all(alias, queue)
         return self._grants()
 
     def unavailable(self, alias: str) -> None:
         """There is nowhere to send them any more. What was granted goes on."""
-        if alias in self._available:
-            self._available.discard(alias)
-            if queue := self._queues.get(alias):
-                for who in queue.lanes:
-                    self._withdraw(who, alias)
+        self.full(alias)
+        self._places.pop(alias, None)
+
+    def full(self, alias: str) -> None:
+        """No more can be sent, until a place is `freed`. Nothing where it is not available."""
+        if self._places.get(alias):
+            self._places[alias] = 0
+            if (queue := self._queues.get(alias)) and queue.offered:
+                self._withdraw_all(alias, queue)
+
+    def freed(self, alias: str, places: int = 1) -> Sequence[Ticket]:
+        """So many more can be sent. Returns what is granted. Nothing where it takes whatever comes."""
+        before = self._places.get(alias, math.inf)
+        if before == math.inf or not places:
+            return ()
+        queue = self._queues.get(alias)
+        self._places[alias] = before + places if queue else math.inf
+        granted: list[Ticket] = []
+        if queue and not before:
+            # As long as there is room for more that are ongoing, nothing else could be granted.
+            while queue.tickets and self._places[alias] and self.ongoing < self.max_ongoing:
+                granted.append(self._grant(_next_of(queue)))
+            if queue.tickets and self._places[alias]:
+                self._offer_all(alias, queue)
+        return granted
 
     def expire(self, now: float) -> Sequence[Ticket]:
         """Take out what has waited until its deadline."""
@@ -191,7 +227,8 @@ class Admission:
         queue = self._queues.get(alias)
         if queue is None:
             return ()
-        tickets = sorted((each for lane in queue.lanes.values() for each in lane), key=lambda each: each.number)
+        lanes = (lane for callers in queue.lanes.values() for lane in callers.values())
+        tickets = sorted((each for lane in lanes for each in lane), key=_number)
         for ticket in tickets:
             self._take(ticket, State.ENDED)
         return tickets
@@ -199,15 +236,20 @@ class Admission:
     # Inside
 
     def _put(self, queue: _Queue, ticket: Ticket) -> None:
-        who = (ticket.priority, ticket.caller)
-        lane = queue.lanes.get(who)
+        ticket.state = State.WAITING
+        callers = queue.lanes.setdefault(ticket.priority, OrderedDict())
+        lane = callers.get(ticket.caller)
         if lane is None:
-            lane = queue.lanes[who] = OrderedDict()
+            lane = callers[ticket.caller] = OrderedDict()
             lane[ticket] = None
-            if ticket.alias in self._available:
-                self._offer(who, ticket.alias, lane)
+            if queue.offered:
+                self._offer(ticket.priority, ticket.caller, ticket.alias, lane)
         else:
+            last = next(reversed(lane))
             lane[ticket] = None
+            if last.number > ticket.number:
+                for each in sorted(lane, key=_number):
+                    lane.move_to_end(each)
         queue.tickets += 1
         queue.bytes += ticket.size
         self._waiting += 1
@@ -216,33 +258,50 @@ class Admission:
     def _take(self, ticket: Ticket, state: State) -> None:
         """Out of its lane, and whatever that leaves empty with it."""
         ticket.state = state
-        who, queue = (ticket.priority, ticket.caller), self._queues[ticket.alias]
-        lane = queue.lanes[who]
+        alias, priority, caller = ticket.alias, ticket.priority, ticket.caller
+        queue = self._queues[alias]
+        callers = queue.lanes[priority]
+        lane = callers[caller]
         del lane[ticket]
         queue.tickets -= 1
         queue.bytes -= ticket.size
         self._waiting -= 1
         if not lane:
-            del queue.lanes[who]
-            if ticket.alias in self._available:
-                self._withdraw(who, ticket.alias)
-            if not queue.lanes:
-                del self._queues[ticket.alias]
+            del callers[caller]
+            if not callers:
+                del queue.lanes[priority]
+            if queue.offered:
+                self._withdraw(priority, caller, alias)
+        if not queue.tickets:
+            del self._queues[alias]
+            if alias in self._places:
+                self._places[alias] = math.inf
         if len(self._deadlines) > 2 * self._waiting + 64:
             self._deadlines = [each for each in self._deadlines if each[2].state is State.WAITING]
             heapq.heapify(self._deadlines)
 
-    def _offer(self, who: _Who, alias: str, lane: _Lane) -> None:
+    def _offer_all(self, alias: str, queue: _Queue) -> None:
+        """All that waits for the alias may be granted. Callers that are new have their turns by who waits longest."""
+        queue.offered = True
+        for priority, callers in queue.lanes.items():
+            for caller, lane in sorted(callers.items(), key=lambda each: _number(_oldest(each[1]))):
+                self._offer(priority, caller, alias, lane)
+
+    def _withdraw_all(self, alias: str, queue: _Queue) -> None:
+        queue.offered = False
+        for priority, callers in queue.lanes.items():
+            for caller in callers:
+                self._withdraw(priority, caller, alias)
+
+    def _offer(self, priority: int, caller: str, alias: str, lane: _Lane) -> None:
         """The lane may be granted from. Its caller, if new, is the last to have its turn."""
-        priority, caller = who
         callers = self._eligible.get(priority)
         if callers is None:
             callers = self._eligible[priority] = OrderedDict()
             insort(self._priorities, priority)
         callers.setdefault(caller, {})[alias] = lane
 
-    def _withdraw(self, who: _Who, alias: str) -> None:
-        priority, caller = who
+    def _withdraw(self, priority: int, caller: str, alias: str) -> None:
         callers = self._eligible[priority]
         lanes = callers[caller]
         del lanes[alias]
@@ -258,12 +317,29 @@ class Admission:
             callers = self._eligible[self._priorities[-1]]
             caller, lanes = next(iter(callers.items()))
             callers.move_to_end(caller)
-            ticket = min(map(_oldest, lanes.values()), key=lambda each: each.number)
-            self._take(ticket, State.GRANTED)
-            self.ongoing += 1
-            granted.append(ticket)
+            granted.append(self._grant(min(map(_oldest, lanes.values()), key=_number)))
         return granted
+
+    def _grant(self, ticket: Ticket) -> Ticket:
+        alias = ticket.alias
+        self._queues[alias].lanes[ticket.priority].move_to_end(ticket.caller)
+        self._take(ticket, State.GRANTED)
+        self.ongoing += 1
+        if alias in self._queues:
+            if self._places[alias] > 1:
+                self._places[alias] -= 1
+            else:
+                self.full(alias)
+        return ticket
+
+
+def _next_of(queue: _Queue) -> Ticket:
+    return _oldest(next(iter(queue.lanes[max(queue.lanes)].values())))
 
 
 def _oldest(lane: _Lane) -> Ticket:
     return next(iter(lane))
+
+
+def _number(ticket: Ticket) -> int:
+    return ticket.number

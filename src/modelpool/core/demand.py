@@ -13,9 +13,14 @@ RATE_OVER_S = 600.0
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What one gateway says of one model. `requests`: how many came since it said so last."""
+    """What one gateway says of one model. `requests`: how many came since it said so last.
+
+    `waiting` for the model, which is not there; `queued` for their turn at its instances: to them that is load as what
+    is in flight, and nobody else has to make room for it.
+    """
 
     waiting: int = 0
+    queued: int = 0
     inflight: Mapping[str, int] = {}
     """By instance."""
     requests: int = 0
@@ -31,7 +36,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """Requests a second, as of `rated_at`."""
     rated_at: float = 0.0
     mean_inflight: float = 0.0
-    """All that is in flight, averaged over the last seconds, as of `rated_at`."""
+    """`total`, averaged over the last seconds, as of `rated_at`."""
 
     @property
     def waiting(self) -> int:
@@ -42,12 +47,12 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
-        """All that is in flight."""
-        return sum([sum(seen.inflight.values()) for seen in self.gateways.values()])
+        """All that is in flight, or queued for it."""
+        return sum([sum(seen.inflight.values()) + seen.queued for seen in self.gateways.values()])
 
     @property
     def busy(self) -> bool:
-        return any(seen.waiting or any(seen.inflight.values()) for seen in self.gateways.values())
+        return any(seen.waiting or seen.queued or any(seen.inflight.values()) for seen in self.gateways.values())
 
     def rate_at(self, now: float) -> float:
         """Requests a second; it fades while none comes."""
@@ -66,7 +71,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 def heard(demand: Demand, gateway: str, seen: Seen, now: float, *, over_s: float = 5.0) -> Demand:
     """What a gateway says now, in the place of what it said before. What is in flight is averaged over `over_s`."""
     gateways = {name: each for name, each in demand.gateways.items() if name != gateway}
-    if seen.waiting or seen.inflight:
+    if seen.waiting or seen.queued or seen.inflight:
         gateways[gateway] = replace(seen, requests=0)
     there = replace(demand, gateways=gateways)
     return replace(

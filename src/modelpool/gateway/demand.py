@@ -55,8 +55,12 @@ class DemandReporter:
         counts = {each: each.requests for model in self._table.models() for each in model.instances}
         models = {model.entry.alias: said for model in self._table.models() if (said := self._demand(model.instances))}
         for alias in self._room.waiting_aliases():
-            said = models.get(alias, ModelDemand())
-            models[alias] = msgspec.structs.replace(said, waiting=self._room.waiting_for(alias))
+            said, waiting = models.get(alias, ModelDemand()), self._room.waiting_for(alias)
+            model = self._table.find(alias)
+            if model is not None and model.instances:
+                models[alias] = msgspec.structs.replace(said, queued=waiting)
+            else:
+                models[alias] = msgspec.structs.replace(said, waiting=waiting)
         keys, heard = self._limiter.demand(), self._limiter.heard
         if not models and not keys and self._silent and heard == self._told_heard:
             return

@@ -1,13 +1,18 @@
-"""The waiting room: requests wait here for a model that is on its way, or until fewer are ongoing.
+"""The waiting room: requests wait here for a model that is on its way, for instances that have all that they take at
+once, or until fewer are ongoing.
 
 The order is that of core/admission.py; this brings it clock, clients and the routing table. A request that need not
 wait passes with `enter` and is counted by `held`, and costs nothing else. One that waits is a `Stay`.
+
+Whether instances are full is found out by who was let in (`full`). From then on who waits for the model is let in as
+requests to it end, and by a look at what other processes left, every few milliseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -19,8 +24,10 @@ from modelpool.core.admission import Admission, Bounds, Refusal, State, Ticket
 from modelpool.errors import CapacityError, InvalidRequest, TooManyOngoing, WaitingRoomFull
 from modelpool.gateway.answer import comment, stream_head
 from modelpool.gateway.body import asks_for_stream
+from modelpool.gateway.instances import Instance
 from modelpool.gateway.request import Request
 from modelpool.gateway.table import RETRY_S, Model, Table
+from modelpool.messages.models import alias_of
 
 _MAX_WAIT = b"x-modelpool-max-wait"
 _NO_COLD_START = b"x-modelpool-no-cold-start"
@@ -29,6 +36,11 @@ _YES_OR_NO = {b"true": True, b"1": True, b"false": False, b"0": False}
 _STREAMING = frozenset({b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages"})
 # What is waited for until it is known which models there are. No model has this name.
 _UNKNOWN = ""
+_LOOK_S = 0.1
+_LOOK_SHARED_S = 0.01
+"""Every so often a full model is looked at: an instance may be tried again, another process may have left a place."""
+_SAY_FULL_S = 0.1
+"""So often at most the manager is told at once that requests wait for a full model."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +48,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
     max_ongoing: int
     max_wait_s: float = 0.0
-    bounds: Bounds = Bounds(tickets=1024, bytes=256 << 20)
+    bounds: Bounds = Bounds(tickets=8192, bytes=256 << 20)
     heartbeat_s: float = 5.0
 
 
@@ -70,7 +82,8 @@ class Room:
         self.held = _Held(self._done)
         """`with` it, a request is ongoing: one that `enter` let in, or whose stay was granted."""
         self.wanted = asyncio.Event()
-        """Set when the first request waits for a model; whoever waits for it clears it."""
+        """Set when the first request waits for a model that is not there, or now and then for one that is full; whoever
+        waits for it clears it."""
         self._admission = Admission(max_ongoing=rules.max_ongoing, bounds=rules.bounds)
         self._routed: frozenset[str] = frozenset()
         self._futures: dict[Ticket, asyncio.Future[None]] = {}
@@ -78,6 +91,10 @@ class Room:
         self._news: set[asyncio.Future[None]] = set()
         self._timer: asyncio.Handle | None = None
         self._rings_at = 0.0
+        self._watched: dict[str, Model] = {}
+        """Those that were found full, by alias; requests wait for their instances."""
+        self._looking: asyncio.Handle | None = None
+        self._said_full = -math.inf
         # How fast those who wait were granted, since last nobody waited.
         self._since = 0.0
         self._granted = 0
@@ -95,6 +112,9 @@ class Room:
     def waiting_for(self, alias: str) -> int:
         return self._admission.waiting_for(alias)
 
+    def is_full(self, alias: str) -> bool:
+        return self._admission.is_full(alias)
+
     def waiting_aliases(self) -> list[str]:
         """The models that requests wait for."""
         return [alias for alias in self._admission.wanted if alias != _UNKNOWN]
@@ -108,14 +128,52 @@ class Room:
 
     @asynccontextmanager
     async def place(self, alias: str, request: Request, client: Client) -> AsyncIterator[None]:
-        """All of it in one, for where a microsecond is nothing. Raises PoolError when it may not go on."""
-        waits = not self.enter(alias, request)
+        """All of it in one, for where a microsecond is nothing; with an instance to choose that is not full, as long as
+        nothing is awaited before. Raises PoolError when it may not go on.
+        """
+        stay = None
+        while True:
+            if not self.enter(alias, request):
+                stay = stay or Stay(self, alias, request, client)
+                await stay.granted()
+            with self.held:
+                if stay is not None and request.caller is not None:
+                    request.caller.check(alias)  # its key may be revoked by now
+                model = self.table.find(alias)
+                if model is None or not model.instances or model.places:
+                    yield
+                    return
+                self.full(alias)
+
+    @asynccontextmanager
+    async def place_beside(self, alias: str, request: Request, client: Client) -> AsyncIterator[None]:
+        """The same for what goes to one instance and no other, full or not."""
+        waits = not self._admission.enter_full(alias)
         if waits:
             await Stay(self, alias, request, client).granted()
         with self.held:
             if waits and request.caller is not None:
-                request.caller.check(alias)  # its key may be revoked by now
+                request.caller.check(alias)
             yield
+
+    def full(self, alias: str) -> None:
+        """One that was let in found all instances full. It is to wait now, and so is who comes after it."""
+        self._admission.full(alias)
+        self._watch(alias)
+
+    def look_again(self) -> None:
+        """What instances may be sent may have changed."""
+        for alias, model in list(self._watched.items()):
+            waited_for = self.waiting_for(alias)
+            if model is not self.table.find(alias) or not waited_for:
+                self._watch_no_more(alias)
+                if waited_for:
+                    self._watch(alias)
+                else:
+                    self._admission.freed(alias)
+            if self.is_full(alias):
+                self._wake(self._admission.freed(alias, self._places(alias)))
+        self._arm()
 
     # For a Stay
 
@@ -129,9 +187,9 @@ class Room:
             raise self._full(ticket.alias, refusal)
         if ticket.state is State.GRANTED:
             return None
-        if first:
-            self.wanted.set()
         loop = asyncio.get_running_loop()
+        if first:
+            self._say_wanted(ticket.alias, loop.time())
         if was_empty:
             self._since, self._granted = loop.time(), 0
         future = self._futures[ticket] = loop.create_future()
@@ -153,13 +211,57 @@ class Room:
         future.add_done_callback(self._news.discard)
         return future
 
-    def too_many(self) -> TooManyOngoing:
+    def too_many(self, model: Model) -> CapacityError:
+        """Why a request for a model that is there may not go on."""
+        if self.is_full(model.entry.alias):
+            return model.busy(self._turns_s())
         return TooManyOngoing(
             f"The gateway serves {self.rules.max_ongoing} requests at once already (SERVE_MAX_ONGOING_REQUESTS).",
             retry_after=self._turns_s(),
         )
 
     # Inside
+
+    def _say_wanted(self, alias: str, now: float) -> None:
+        if self.is_full(alias):
+            if now - self._said_full < _SAY_FULL_S:
+                return
+            self._said_full = now
+        self.wanted.set()
+
+    def _watch(self, alias: str) -> None:
+        """Look at the model's instances whenever a request to one of them has ended, and every now and then."""
+        if (model := self.table.find(alias)) is None:
+            return
+        self._watched[alias] = model
+        for instance in model.instances:
+            instance.want(self._freed)
+        if self._looking is None:
+            self._look_later()
+
+    def _watch_no_more(self, alias: str) -> None:
+        for instance in self._watched.pop(alias).instances:
+            instance.want(None)
+
+    def _freed(self, instance: Instance) -> None:
+        if instance.places and instance.may_be_followed:
+            self._wake(self._admission.freed(alias_of(instance.name)))
+            self._arm()
+
+    def _places(self, alias: str) -> int:
+        model = self.table.find(alias)
+        return 0 if model is None else model.places
+
+    def _look_later(self) -> None:
+        pause = _LOOK_SHARED_S if self.table.shared else _LOOK_S
+        loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(pause * random.uniform(0.5, 1.5), self._look_at_full)
+
+    def _look_at_full(self) -> None:
+        self._looking = None
+        self.look_again()
+        if self._watched:
+            self._look_later()
 
     def _done(self) -> None:
         if granted := self._admission.done():
@@ -188,7 +290,7 @@ class Room:
         for alias in before - self._routed:
             admission.unavailable(alias)
         for alias in self._routed - before:
-            self._wake(admission.available(alias))
+            self._come(alias)
         for ticket in [each for each in self._awake_only if each.alias not in self._routed]:
             admission.leave(ticket)
             self._tell(ticket)
@@ -199,7 +301,15 @@ class Room:
         for future in self._news:
             if not future.done():
                 future.set_result(None)
-        self._arm()
+        self.look_again()
+
+    def _come(self, alias: str) -> None:
+        """There are instances. Of those who wait for them no more go on than they take."""
+        if not self.waiting_for(alias):
+            self._admission.available(alias)
+            return
+        self._watch(alias)
+        self._wake(self._admission.available(alias, self._places(alias)))
 
     def _arm(self) -> None:
         """One timer, for the earliest deadline, while anybody waits. It may ring too early, and is set again then."""
@@ -268,6 +378,7 @@ class Stay:
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self._deadline = self._since + min(self._wishes.max_wait_s, room.rules.max_wait_s)
+        self._last_ticket: Ticket | None = None
         streaming = request.route is not None and request.route.path in _STREAMING
         self._next_beat = self._since + room.rules.heartbeat_s if streaming and asks_for_stream(request.body) else None
 
@@ -318,18 +429,22 @@ class Stay:
             model = table.model(self._alias)
             if model.instances:
                 if expired:
-                    raise self._room.too_many()
+                    raise self._room.too_many(model)
             elif expired or not self._wishes.cold_start or not is_on_its_way(model):
                 waited_s = round(now - self._since, 1)
                 raise model.unavailable(f" This request waited for it for {waited_s:g} s." if waited_s else "")
         caller = self._request.caller
-        return Ticket(
-            self._alias if table.known else _UNKNOWN,
+        alias = self._alias if table.known else _UNKNOWN
+        last = self._last_ticket
+        ticket = self._last_ticket = Ticket(
+            alias,
             caller="" if caller is None else caller.id,
             priority=0 if caller is None else caller.priority,
             size=len(self._request.body),
             deadline=self._deadline,
+            number=last.number if last is not None and last.alias == alias else 0,
         )
+        return ticket
 
     async def _hear(self, waiting: asyncio.Future[None]) -> None:
         """Wait, and say so to the client every now and then."""

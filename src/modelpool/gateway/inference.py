@@ -7,7 +7,15 @@ import logging
 import msgspec
 
 from modelpool.core.routing.choice import Reason
-from modelpool.errors import CapacityError, Draining, EngineError, InstanceNotFound, UpstreamFailed, UpstreamTimeout
+from modelpool.errors import (
+    CapacityError,
+    Draining,
+    EngineError,
+    InstanceNotFound,
+    ModelBusy,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
 from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.hold import Room, Stay
@@ -78,6 +86,9 @@ class Inference:
                 try:
                     await self._serve_by_any(alias, request, route, client)
                     return
+                except ModelBusy:
+                    stay = stay or Stay(room, alias, request, client)
+                    room.full(alias)
                 except CapacityError as error:
                     stay = stay or Stay(room, alias, request, client)
                     await stay.nobody_took_it(error)
@@ -107,7 +118,7 @@ class Inference:
         alias = alias_of(instance.name)
         request.journey.asked(alias)
         with self._limiter.admitted(request, route):
-            async with self._room.place(alias, request, client):
+            async with self._room.place_beside(alias, request, client):
                 request.journey.chose(instance, Reason.STORED, (instance,))
                 with instance.lease() as lease:
                     try:

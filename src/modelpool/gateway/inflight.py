@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 
+from modelpool.core.places import Others
 from modelpool.gateway.shared import SLOTS, Node
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class SharedInflight:
         self._users = memory[ROWS * 8 : ROWS * 16].cast("Q")
         """One bit for each slot."""
         self._counts = memory[ROWS * 16 :].cast("i")
+        self._wanting = memoryview(node.map("wanting", ROWS * 8)).cast("Q")
+        """One bit for each slot: requests of that process wait for the instance."""
         node.keep_clear(self._clear)
 
     def take(self, instance: str) -> Row | None:
@@ -40,14 +43,25 @@ class SharedInflight:
                 return None
             self._names[number] = name
             self._users[number] |= 1 << self._node.slot
-        return Row(self, self._counts[number * SLOTS : (number + 1) * SLOTS], number, self._node.slot)
+        counts, wanting = self._counts[number * SLOTS : (number + 1) * SLOTS], self._wanting[number : number + 1]
+        return Row(self, counts, wanting, number, self._node.slot)
+
+    def want(self, number: int, wants: bool) -> None:
+        """For a row: whether requests of this process wait for the instance."""
+        with self._node.lock(_LOCK):
+            self._want(number, self._node.slot, wants)
 
     def give_back(self, number: int) -> None:
         """For a row: this process uses it no more."""
         with self._node.lock(_LOCK):
             self._leave(number, self._node.slot)
 
+    def _want(self, number: int, slot: int, wants: bool) -> None:
+        others = self._wanting[number] & ~(1 << slot)
+        self._wanting[number] = others | wants << slot
+
     def _leave(self, number: int, slot: int) -> None:
+        self._want(number, slot, False)
         self._counts[number * SLOTS + slot] = 0
         self._users[number] &= ~(1 << slot)
         if not self._users[number]:
@@ -63,11 +77,12 @@ class SharedInflight:
 class Row:
     """The counters of one instance."""
 
-    __slots__ = ("_counts", "_number", "_own", "_shared")
+    __slots__ = ("_counts", "_number", "_own", "_shared", "_wanting")
 
-    def __init__(self, shared: SharedInflight, counts: memoryview, number: int, own: int) -> None:
+    def __init__(self, shared: SharedInflight, counts: memoryview, wanting: memoryview, number: int, own: int) -> None:
         self._shared = shared
         self._counts = counts
+        self._wanting = wanting
         self._number = number
         self._own = own
 
@@ -78,6 +93,18 @@ class Row:
     @property
     def total(self) -> int:
         return sum(self._counts)
+
+    def others(self, own: int) -> Others:
+        """What the other processes have and want, this one having `own`."""
+        wanting = self._wanting[0] & ~(1 << self._own)
+        inflight = self.total - own
+        if not wanting:
+            return Others(inflight=inflight)
+        busy = sum(count > 0 or wanting >> slot & 1 for slot, count in enumerate(self._counts) if slot != self._own)
+        return Others(inflight=inflight, busy=busy, wanting=True)
+
+    def want(self, wants: bool) -> None:
+        self._shared.want(self._number, wants)
 
     def give_back(self) -> None:
         self._shared.give_back(self._number)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from types import TracebackType
 
 from modelpool.core.breaker import CLOSED
+from modelpool.core.places import may_follow, places
+from modelpool.core.shares import first_part
 from modelpool.gateway.inflight import Row, SharedInflight
-from modelpool.messages.routing import Route
+from modelpool.messages.routing import Others, Route
 from modelpool.relay import Endpoint, Pool, Pools, fixed_headers
 
 log = logging.getLogger(__name__)
+
+BEYOND_PART = 1
+"""Where there are several nodes, each may send an instance one more than its part. So nobody has to wait whose node has
+no part of it yet; and the engine, where that one waits, has work at once when another ends."""
 
 
 class Instance:
@@ -25,8 +31,11 @@ class Instance:
         "capacity",
         "elsewhere",
         "fixed",
+        "freed",
+        "full_at",
         "gone",
         "inflight",
+        "limit",
         "name",
         "own",
         "pool",
@@ -50,6 +59,12 @@ class Instance:
         """Requests of all gateway processes on this node, as of the last `count_all`, and `elsewhere`."""
         self.elsewhere = 0
         """Requests of other nodes, as they last said."""
+        self.limit = self.capacity
+        """So many this node may have there: of its capacity, what is not for other nodes."""
+        self.full_at = self.limit
+        """It takes no more of this process while that many are in flight."""
+        self.freed: Callable[[Instance], None] | None = None
+        """Called when one of ours has ended, while requests wait for that."""
         self.breaker = CLOSED
         self.gone = False
         self._suspects = suspects
@@ -59,12 +74,35 @@ class Instance:
         return Lease(self)
 
     def count_all(self) -> None:
-        if self._row is not None:
-            self.inflight = self._row.total + self.elsewhere
+        """Look at what other processes of this node have there, and want to."""
+        if (row := self._row) is not None:
+            self.inflight = row.total + self.elsewhere
+            self.full_at = self.inflight + self.places
 
-    def hear(self, elsewhere: int) -> None:
+    @property
+    def places(self) -> int:
+        """So many more this process may send there now."""
+        if self._row is None:
+            return max(0, self.limit - self.own)
+        return places(self.limit, self.own, self._row.others(self.own))
+
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether one of ours that has just ended may be followed by one of ours at once, as far as others wait."""
+        return self._row is None or may_follow(self.limit, self.own, self._row.others(self.own))
+
+    def hear(self, elsewhere: int, limit: int) -> None:
+        """What other nodes have there, and how much this one may."""
         self.inflight += elsewhere - self.elsewhere
         self.elsewhere = elsewhere
+        self.limit = limit
+        self.full_at = limit + elsewhere
+
+    def want(self, freed: Callable[[Instance], None] | None) -> None:
+        """Requests of ours wait for it, which `freed` is called for; or none does any more."""
+        if self._row is not None and (freed is None) != (self.freed is None):
+            self._row.want(freed is not None)
+        self.freed = freed
 
     def add(self, requests: int) -> None:
         """For a lease: one more of ours, or one less."""
@@ -78,6 +116,7 @@ class Instance:
 
     def leave(self) -> None:
         """It is routed no more. Its count is kept until the last lease has ended."""
+        self.want(None)
         self.gone = True
         self._suspects.discard(self)
         self.add(0)
@@ -126,6 +165,8 @@ class Lease:
                 instance.judge(False)
         elif self._trial or self.worked or instance.breaker.closed:
             instance.judge(self.worked)
+        if instance.freed is not None:
+            instance.freed(instance)
 
 
 class Instances:
@@ -136,6 +177,7 @@ class Instances:
         self._token = token
         self._shared = shared
         self._by_route: dict[Route, Instance] = {}
+        self._others: Others | None = None
         self.suspects: set[Instance] = set()
         """Those whose breaker is not closed. Mostly empty, which is all that a request needs to know."""
 
@@ -163,12 +205,23 @@ class Instances:
             pool = self._pools.pool(Endpoint(route.host, route.port))
             row = self._shared.take(f"{route.worker_id}/{route.instance}/{route.port}") if self._shared else None
             instance = self._by_route[route] = Instance(route, pool, self._token, self.suspects, row)
+            self._tell(instance)
         return instance
 
-    def hear(self, elsewhere: Mapping[str, int]) -> None:
-        """What other nodes have in flight at each instance."""
+    def hear(self, others: Others) -> bool:
+        """What other nodes have in flight at each instance, and leave to this one; whether that is less than before."""
+        self._others = others
+        before = [instance.limit for instance in self._by_route.values()]
         for instance in self._by_route.values():
-            instance.hear(elsewhere.get(instance.name, 0))
+            self._tell(instance)
+        return any(instance.limit < limit for instance, limit in zip(self._by_route.values(), before, strict=True))
+
+    def _tell(self, instance: Instance) -> None:
+        if (others := self._others) is not None:
+            limit = instance.capacity
+            if others.nodes > 1:
+                limit = others.instances.get(instance.name, first_part(limit, others.nodes)) + BEYOND_PART
+            instance.hear(others.inflight.get(instance.name, 0), limit)
 
     def keep_only(self, routes: set[Route]) -> None:
         """Forget the instances that are routed no more, and close what is idle to where none is left.

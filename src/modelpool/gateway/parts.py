@@ -63,8 +63,11 @@ async def assembled(settings: Settings, home: Home, *, max_ongoing: int) -> Asyn
         demand = DemandReporter(table, room, control, limiter, node=node.name)
 
         def hear(others: Others) -> None:
-            instances.hear(others.inflight)
+            less = instances.hear(others)
             limiter.hear(others)
+            room.look_again()
+            if less:
+                room.wanted.set()  # other nodes wait to hear that it is theirs now
 
         feed = SnapshotFeed(table, keys, control, gateway=demand.gateway, hear=hear)
         stored = StoredResponses(gateway.responses_remembered)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from modelpool.core.routing.choice import Reason, least_loaded
 from modelpool.core.routing.nearest import nearest
-from modelpool.errors import CapacityError, ManagerAway, ModelNotFound, ModelNotReady, NoAvailableWorker
+from modelpool.errors import CapacityError, ManagerAway, ModelBusy, ModelNotFound, ModelNotReady, NoAvailableWorker
 from modelpool.gateway.instances import Instance, Instances
 from modelpool.messages.routing import Delta, ModelEntry, RoutingUpdate, Snapshot, Unavailable
 
@@ -37,23 +37,47 @@ class Model:
         return self.instances
 
     def choose(self, tried: Collection[Instance] = ()) -> tuple[Instance, Reason]:
-        """The instance for a request that was at `tried` already. Raises CapacityError when there is none."""
+        """The instance for a request that was at `tried` already.
+
+        Raises ModelBusy when all have as many as they take at once, another CapacityError when there is none.
+        """
         candidates = self.instances or self.awake()
         if tried:
             candidates = tuple(each for each in candidates if each not in tried)
             if not candidates:
-                raise ModelNotReady(
-                    f"No instance of the model `{self.entry.alias}` takes requests right now.", retry_after=RETRY_S
-                )
+                raise self._none_takes_it()
         if self._all.shared:
             for each in candidates:
                 each.count_all()
         if self._all.suspects and len(candidates) > 1:
-            # With all of them under suspicion, trying is better than refusing.
-            now = time.monotonic()
-            candidates = tuple(each for each in candidates if each.breaker.admits(now)) or candidates
+            candidates = _trusted(candidates)
         self._turn += 1
-        return least_loaded(candidates, self._turn)
+        best, reason = least_loaded(candidates, self._turn)
+        if best.inflight < best.full_at:
+            return best, reason
+        candidates = tuple(each for each in candidates if each.inflight < each.full_at)
+        if candidates:
+            return least_loaded(candidates, self._turn)
+        raise self._none_takes_it() if tried else self.busy()
+
+    @property
+    def places(self) -> int:
+        """So many more this process may send to its instances now."""
+        return sum(each.places for each in _trusted(self.instances))
+
+    def busy(self, retry_after: float = RETRY_S) -> ModelBusy:
+        """What to say where none of the instances may be sent any more."""
+        most = sum(each.capacity for each in self.instances)
+        count = f"{len(self.instances)} instances" if len(self.instances) > 1 else "one instance"
+        return ModelBusy(
+            f"The model `{self.entry.alias}` runs as many requests as it can, {most} at once on {count}.",
+            retry_after=retry_after,
+        )
+
+    def _none_takes_it(self) -> ModelNotReady:
+        return ModelNotReady(
+            f"No instance of the model `{self.entry.alias}` takes requests right now.", retry_after=RETRY_S
+        )
 
     def unavailable(self, more: str = "") -> CapacityError:
         """Why there is no instance, and what `more` there is to say."""
@@ -64,11 +88,19 @@ class Model:
         return kind(why.message + more, retry_after=why.retry_after, code=why.code)
 
 
+def _trusted(instances: tuple[Instance, ...]) -> tuple[Instance, ...]:
+    """Those whose breaker lets a request pass. With all of them under suspicion, trying is better than refusing."""
+    now = time.monotonic()
+    return tuple(each for each in instances if each.breaker.admits(now)) or instances
+
+
 class Table:
     """Models by alias. Empty and not `known` before the first snapshot."""
 
     def __init__(self, instances: Instances) -> None:
         self._instances = instances
+        self.shared = instances.shared
+        """Whether other processes on this node send to the same instances."""
         self._models: dict[str, Model] = {}
         self._watchers: list[Callable[[], None]] = []
         self.epoch = ""

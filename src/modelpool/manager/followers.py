@@ -90,7 +90,7 @@ class Followers:
     def hear(self, report: DemandReport) -> None:
         """What one of them uses, which the other nodes are told."""
         now = time.monotonic()
-        self._sharing.hear(report, now)
+        self._sharing.hear(report, self._table.capacity_of, now)
         if now - self._shared_at >= _SHARE_S:
             self._tell_of_others()
 
@@ -140,7 +140,7 @@ class Followers:
         """Tell the gateways of each node what is new of the others."""
         self._shared_at = now = time.monotonic()
         base = number_of(self._store.epoch) << 32
-        for node, others in self._sharing.news(self.keys.limits, self._store.epoch, base, now):
+        for node, others in self._sharing.news(self.keys.limits, self._table.capacity_of, self._store.epoch, base, now):
             self.tell(others, {name for name in self.names if node_of(name) == node})
 
 

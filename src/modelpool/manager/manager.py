@@ -442,7 +442,7 @@ class Manager:
 
     async def demand(self, report: DemandReport) -> None:
         seen = {
-            alias: Seen(waiting=each.waiting, inflight=each.inflight, requests=each.requests)
+            alias: Seen(waiting=each.waiting, queued=each.queued, inflight=each.inflight, requests=each.requests)
             for alias, each in report.models.items()
         }
         self._apply(events.DemandHeard(report.gateway, seen))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 
 from modelpool.manager import views
+from modelpool.messages.models import alias_of
 from modelpool.messages.routing import ModelEntry
 
 _AT_ONCE = 500
@@ -29,6 +30,12 @@ class RoutingTable:
     def behind(self) -> bool:
         """There are more entries to be made."""
         return bool(self._stale)
+
+    def capacity_of(self, instance: str) -> int | None:
+        """None for one that requests are not sent to."""
+        entry = self.entries.get(alias_of(instance))
+        routes = entry.routes if entry else ()
+        return next((route.capacity for route in routes if route.instance == instance), None)
 
     def refresh(self, known: views.Known, news: Collection[str]) -> tuple[dict[str, ModelEntry], tuple[str, ...]]:
         """The entries that changed, and the models that are gone. Those with `news` come first, in their order."""

@@ -16,9 +16,13 @@ INTERVAL_S = 1.0
 
 
 class ModelDemand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`inflight`: by instance. `requests`: how many came since the last report."""
+    """`waiting`: for a model that is not there; `queued`: for their turn at one that is. `inflight`: by instance.
+
+    `requests`: how many came since the last report.
+    """
 
     waiting: int = 0
+    queued: int = 0
     inflight: dict[str, int] = {}
     requests: int = 0
 

@@ -99,6 +99,7 @@ class Others(msgspec.Struct, frozen=True, kw_only=True, tag="others"):
 
     `number` grows, also from one manager to the next. `nodes`: so many have gateways. `inflight`: what others have at
     instances, on average. `keys`: of each key that is used, by its id, the part of its limits that is for this node.
+    `instances`: of those that are used much, by name, the part of their capacity.
     """
 
     epoch: str
@@ -106,6 +107,7 @@ class Others(msgspec.Struct, frozen=True, kw_only=True, tag="others"):
     nodes: int
     inflight: dict[str, int] = {}
     keys: dict[str, Limits] = {}
+    instances: dict[str, int] = {}
 
 
 RoutingUpdate = Snapshot | Delta
