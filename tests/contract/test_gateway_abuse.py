@@ -14,10 +14,11 @@ from typing import Any
 
 from modelpool.gateway.client_limits import Limits
 from modelpool.gateway.connection import ClientConnection
-from modelpool.gateway.hold import Rules, Stay
+from modelpool.gateway.hold import Rules
 from modelpool.gateway.observe.journey import Journey
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
+from modelpool.gateway.stay import Stay
 from modelpool.messages.routing import ModelEntry, Unavailable
 from modelpool.relay import Deadlines, Exchange
 from tests import abuse

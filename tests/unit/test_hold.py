@@ -24,13 +24,15 @@ from modelpool.errors import (
     TooManyOngoing,
     WaitingRoomFull,
 )
-from modelpool.gateway.hold import Room, Rules, Stay, Wishes, is_on_its_way, wishes_of
+from modelpool.gateway.hold import Room, Rules, is_on_its_way
 from modelpool.gateway.instances import Instances
 from modelpool.gateway.keys import Caller
 from modelpool.gateway.observe.journey import Journeys
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import match
+from modelpool.gateway.stay import Stay
 from modelpool.gateway.table import Table
+from modelpool.gateway.wishes import Wishes, wishes_of
 from modelpool.messages.routing import KeyEntry, ModelEntry, Route, Snapshot, Unavailable
 from modelpool.relay import Pools
 from modelpool.testing.virtual_time import VirtualTimeLoop, run_virtual
@@ -593,7 +595,7 @@ class NothingIsLost(RuleBasedStateMachine):
         assert (room.ongoing, room.waiting, self.inflight(), room._timer) == (0, 0, 0, None)
         assert (room._futures, room._awake_only, room._news) == ({}, set(), set())
         await asyncio.sleep(1)
-        assert (room._watched, room._looking) == ({}, None)
+        assert (room._full._watched, room._full._looking) == ({}, None)
 
 
 TestNothingIsLost = NothingIsLost.TestCase

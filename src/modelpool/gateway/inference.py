@@ -18,12 +18,13 @@ from modelpool.errors import (
 )
 from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
-from modelpool.gateway.hold import Room, Stay
+from modelpool.gateway.hold import Room
 from modelpool.gateway.instances import Instance
 from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Kind, Route
+from modelpool.gateway.stay import Stay, placed_beside
 from modelpool.gateway.stored import LearningPassThrough, StoredResponses
 from modelpool.gateway.table import Table
 from modelpool.messages.models import alias_of
@@ -118,7 +119,7 @@ class Inference:
         alias = alias_of(instance.name)
         request.journey.asked(alias)
         with self._limiter.admitted(request, route):
-            async with self._room.place_beside(alias, request, client):
+            async with placed_beside(self._room, alias, request, client):
                 request.journey.chose(instance, Reason.STORED, (instance,))
                 with instance.lease() as lease:
                     try:

@@ -38,6 +38,7 @@ from modelpool.gateway.instances import Instance
 from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Route
+from modelpool.gateway.stay import placed
 from modelpool.gateway.table import Table
 from modelpool.relay.websocket import UpstreamSocket, open_websocket
 
@@ -106,7 +107,10 @@ class Realtime:
             request.caller.check(alias)
         request.journey.asked(alias)
         with self._limiter.admitted(request, route):
-            async with self._room.place(alias, request, client), self._open_any(alias, request, route) as upstream:
+            async with (
+                placed(self._room, alias, request, client),
+                self._open_any(alias, request, route) as upstream,
+            ):
                 yield upstream
 
     @asynccontextmanager
