@@ -205,9 +205,7 @@ def foretell(arrivals: Sequence[Arrival], costs: Scenario) -> tuple[Waits, float
     outcomes = [
         Simulation(costs, bare, policy=policy_of(settings), gateway=gateway, seed=seed).run() for seed in range(SEEDS)
     ]
-    found = [
-        waits([each.wait_s + each.queued_s for each in outcome.served if not each.refused]) for outcome in outcomes
-    ]
+    found = [waits([each.wait_s for each in outcome.served if not each.refused]) for outcome in outcomes]
     figures = {name: statistics.median_high(getattr(each, name) for each in found) for name in Waits.__struct_fields__}
     starts = statistics.median(each.starts for each in outcomes)
     return Waits(**figures), starts, statistics.median(sum(each.wakes.values()) for each in outcomes)

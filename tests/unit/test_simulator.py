@@ -140,9 +140,10 @@ def test_figures_are_those_of_the_requests() -> None:
     assert (seen.device_hours, seen.always_on_hours) == (0.5, 3.0)
 
 
-def test_more_than_an_instance_takes_at_once_queue_in_it() -> None:
+def test_more_than_an_instance_takes_at_once_wait_for_it() -> None:
     outcome = simulated(*((0, "a") for _ in range(6)))
-    assert [each.queued_s for each in outcome.served] == pytest.approx([0, 0, 0, 0, 1, 1], abs=0.01)
+    first = waits(outcome)[0]
+    assert waits(outcome) == pytest.approx([first] * 4 + [first + 1] * 2, abs=0.01)
 
 
 def test_what_can_never_have_room_is_refused_with_the_reason() -> None:

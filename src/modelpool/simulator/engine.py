@@ -1,8 +1,7 @@
-"""A simulated instance: so many requests at once, the others in a queue."""
+"""A simulated instance."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from modelpool.core.lifecycle import InstanceState
@@ -10,7 +9,7 @@ from modelpool.simulator.scenario import ModelCosts
 
 
 class Engine:
-    """A Candidate for the gateway's choice. `inflight`: running and queued there."""
+    """A Candidate for the gateway's choice."""
 
     __slots__ = (
         "alias",
@@ -21,9 +20,7 @@ class Engine:
         "ending",
         "inflight",
         "name",
-        "queue",
         "requests",
-        "running",
         "slept_s",
         "state",
         "step",
@@ -48,25 +45,14 @@ class Engine:
         self.ending = False
         self.when_drained: Callable[[], None] | None = None
         self.inflight = 0
-        self.running = 0
         self.requests = 0
         """How many it ever was sent."""
-        self.queue: deque[Callable[[], None]] = deque()
 
-    def take(self, begin: Callable[[], None]) -> None:
-        """A request; `begin` when it runs."""
+    def take(self) -> None:
+        """A request."""
         self.inflight += 1
         self.requests += 1
-        if self.running < self.capacity:
-            self.running += 1
-            begin()
-        else:
-            self.queue.append(begin)
 
     def leave(self) -> None:
-        """One that ran has ended."""
+        """One has ended."""
         self.inflight -= 1
-        if self.queue:
-            self.queue.popleft()()
-        else:
-            self.running -= 1

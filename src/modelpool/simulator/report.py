@@ -43,7 +43,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 def figures(outcome: Outcome, scenario: Scenario, arrivals: Sequence[Arrival]) -> Figures:
     answered = [each for each in outcome.served if not each.refused]
-    waits = sorted(each.wait_s + each.queued_s for each in answered)
+    waits = sorted(each.wait_s for each in answered)
     refused: dict[str, int] = {}
     for each in outcome.served:
         if each.refused:

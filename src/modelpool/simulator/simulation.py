@@ -42,18 +42,17 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
 
     max_ongoing: int = 1 << 20
     max_wait_s: float = 300.0
-    max_waiting: int = 1024
+    max_waiting: int = 8192
     drain_s: float = 30.0
     """The workers': what a stop or a sleep gives to requests in flight."""
 
 
 class Served(msgspec.Struct, frozen=True, gc=False):
-    """What became of one request. `wait_s`: in the gateway; `queued_s`: in the engine after that; `refused`: why."""
+    """What became of one request. `wait_s`: in the gateway, all of it; `refused`: why."""
 
     time: float
     model: str
     wait_s: float
-    queued_s: float = 0.0
     refused: str = ""
 
 
@@ -200,8 +199,7 @@ class Simulation:
         arrival = self._arrivals[number]
         if number + 1 < len(self._arrivals):
             self._clock.at(self._lead_s + self._arrivals[number + 1].time, partial(self._arrive, number + 1))
-        if self._admission.enter(arrival.model):
-            self._send(arrival)
+        if self._admission.enter(arrival.model) and self._send(arrival):
             return
         if not self._is_coming(arrival.model):
             self._refuse(arrival, "there is no room for its model")
@@ -225,29 +223,39 @@ class Simulation:
         waited_s = self._clock.now - self._lead_s - arrival.time
         self._served.append(Served(arrival.time, arrival.model, waited_s, refused=why))
 
-    def _send(self, arrival: Arrival) -> None:
-        """To an instance; from now on it is the engine's."""
-        alias, granted_at = arrival.model, self._clock.now
+    def _send(self, arrival: Arrival) -> bool:
+        """To an instance, unless all have as many as they take."""
+        alias = arrival.model
+        places = [engine for engine in self._routes[alias] if engine.inflight < engine.capacity]
+        if not places:
+            self._admission.full(alias)
+            self._grant(self._admission.done())
+            return False
         turn = self._turns[alias] = self._turns.get(alias, -1) + 1
-        engine, _ = least_loaded(self._routes[alias], turn)
-
-        def begin() -> None:
-            self._clock.after(engine.costs.serves(arrival, self._draw), partial(self._done, engine))
-            wait_s = max(0.0, granted_at - self._lead_s - arrival.time)
-            queued_s = self._clock.now - granted_at
-            self._served.append(Served(arrival.time, alias, wait_s, queued_s))
-
-        engine.take(begin)
+        engine, _ = least_loaded(places, turn)
+        engine.take()
+        self._clock.after(engine.costs.serves(arrival, self._draw), partial(self._done, engine))
+        wait_s = max(0.0, self._clock.now - self._lead_s - arrival.time)
+        self._served.append(Served(arrival.time, alias, wait_s))
+        return True
 
     def _done(self, engine: Engine) -> None:
         engine.leave()
         if not engine.inflight:
             self._machines[engine.worker_id].drained(engine)
+        if engine in self._routes[engine.alias]:
+            self._grant(self._admission.freed(engine.alias))
         self._grant(self._admission.done())
 
     def _grant(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
-            self._send(self._waiting.pop(ticket))
+            if self._send(self._waiting[ticket]):
+                del self._waiting[ticket]
+            else:
+                self._admission.join(ticket)
+
+    def _places(self, alias: str) -> int:
+        return sum(max(0, engine.capacity - engine.inflight) for engine in self._routes[alias])
 
     def _publish(self, aliases: Iterable[str]) -> None:
         """The gateway hears where these models are, and what is not to come any more."""
@@ -260,9 +268,11 @@ class Simulation:
             )
             self._routes[alias] = routes
             if routes and not before:
-                self._grant(self._admission.available(alias))
+                self._grant(self._admission.available(alias, self._places(alias)))
             elif before and not routes:
                 self._admission.unavailable(alias)
+            elif self._admission.is_full(alias):
+                self._grant(self._admission.freed(alias, self._places(alias)))
         for alias in [each for each in self._admission.wanted if not self._is_coming(each)]:
             for ticket in self._admission.evict(alias):
                 self._refuse(self._waiting.pop(ticket), "there is no room for its model")
@@ -280,8 +290,11 @@ class Simulation:
                 seen[alias] = Seen(inflight=inflight, requests=requests)
         self._told = {each: each.requests for engines in self._routes.values() for each in engines}
         for alias in self._admission.wanted:
-            waiting = self._admission.waiting_for(alias)
-            seen[alias] = msgspec.structs.replace(seen.get(alias, Seen()), waiting=waiting)
+            waiting, said = self._admission.waiting_for(alias), seen.get(alias, Seen())
+            if self._routes.get(alias):
+                seen[alias] = msgspec.structs.replace(said, queued=waiting)
+            else:
+                seen[alias] = msgspec.structs.replace(said, waiting=waiting)
         if seen or not self._silent:
             self._silent = not seen
             self._happens(DemandHeard("gateway", seen))
