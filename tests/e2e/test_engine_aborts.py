@@ -26,11 +26,11 @@ TOKENS = 12_000
 
 @pytest.fixture(scope="module")
 def narrow(demo_pool: PoolProcess) -> Iterator[PoolProcess]:
-    """The demo model once more, on an engine with two slots."""
+    """The demo model once more, on an engine with two slots, which is sent more than that."""
     overrides = {"max_position_embeddings": TOKENS + 100}
     arguments = {**demo.engine_args(), "max_num_seqs": SLOTS, "hf_overrides": overrides}
     body = {"model_name": str(demo.model_path()), "max_model_len": TOKENS + 100, "engine_args": arguments}
-    demo_pool.register("narrow", **body, max_replicas=1)  # another one would take the load
+    demo_pool.register("narrow", **body, capacity=8, max_replicas=1)  # another one would take the load
     demo_pool.wait_active("narrow", within=60)
     yield demo_pool
     demo_pool.remove("narrow")
