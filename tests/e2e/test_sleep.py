@@ -36,9 +36,12 @@ def wide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide(demo_pool: PoolProcess, wide_path: Path) -> Iterator[Ladder]:
-    """A model whose weights and KV cache are large beside what an engine's processes need anyway."""
+    """A model whose weights and KV cache are large beside what an engine's processes need anyway.
+
+    Its engine is sent more than it runs at once.
+    """
     small = {"enforce_eager": True, "max_num_seqs": PLACES, "kv_cache_memory_bytes": KV_CACHE}
-    demo_pool.register("wide", model_name=str(wide_path), engine_args=small, max_replicas=1)
+    demo_pool.register("wide", model_name=str(wide_path), engine_args=small, capacity=100, max_replicas=1)
     demo_pool.wait_active("wide")
     with ladder(demo_pool, "wide") as wide:
         yield wide

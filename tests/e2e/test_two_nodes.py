@@ -23,6 +23,7 @@ from modelpool.process import READY_FD, Ready
 from tests.e2e.conftest import FAKE_ONLY
 from tests.e2e.pool import PoolProcess, end, eventually, running_pool
 from tests.load import ConstantLoad
+from tests.promised import promised
 
 LIMIT = 300
 
@@ -243,7 +244,7 @@ class Most:
 
     def _look(self) -> None:
         with self._pool.worker_http() as worker:
-            while not self._done.wait(0.005):
+            while not self._done.wait(0.02):
                 self.seen = max(self.seen, worker.get(self._path).json()["inflight_requests"])
 
 
@@ -251,7 +252,7 @@ class Most:
 def test_an_instance_is_never_sent_more_than_it_takes_but_for_one_of_each_gateway(
     nodes: Nodes, asked: Sequence[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pool, capacity, lasting_s, per_second, seconds = nodes.pool, 8, 0.1, 100.0, 5.0
+    pool, capacity, lasting_s, per_second, seconds = nodes.pool, 8, 0.5, 30.0, 4.0
     pool.register("narrow", fake=True, fake_delay_ms=int(1000 * lasting_s), fake_capacity=capacity, max_replicas=1)
     pool.wait_active("narrow")
     urls = [nodes.urls[number] for number in asked]
@@ -262,7 +263,6 @@ def test_an_instance_is_never_sent_more_than_it_takes_but_for_one_of_each_gatewa
     with capsys.disabled():
         print(f"\ncapacity {capacity}, {len(load.asked)} requests in {took:.1f} s, most at once {most.seen}")
     assert load.failures() == {}
-    assert len(load.asked) >= 0.9 * per_second * seconds
     assert capacity <= most.seen <= capacity + len(nodes.urls)
-    assert took < 2 * len(load.asked) * lasting_s / capacity
+    assert took < promised(2 * len(load.asked) * lasting_s / capacity)
     pool.remove("narrow")
