@@ -128,6 +128,32 @@ def test_who_is_alone_gives_orders_while_the_file_is_locked(tmp_path: Path) -> N
     asyncio.run(story())
 
 
+def test_of_many_that_ask_while_the_store_is_silent_one_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with running_world(f"sqlite:///{tmp_path}/s.db", lease_s=6.0) as world:
+            add, tried = world.store.add_model, []
+
+            async def counted(spec: ModelSpec, created: int) -> None:
+                tried.append(spec.alias)
+                await add(spec, created)
+
+            monkeypatch.setattr(world.store, "add_model", counted)
+            async with sqlite_out(tmp_path / "s.db"):
+                *answers, worker = await asyncio.gather(
+                    *(world.register(f"m{number}") for number in range(20)),
+                    world.http.post("/workers/register", content=msgspec.json.encode(told("http://127.0.0.1:1"))),
+                )
+            assert {answer.json()["error"]["code"] for answer in answers} == {"store_unavailable"}
+            assert tried == ["m0"]
+            assert worker.status_code == 200
+            await world.until(_is(lambda: not world.store.trouble.is_set()))
+            assert (await world.register("m0")).status_code == 200
+
+    asyncio.run(story())
+
+
 def test_while_postgresql_is_out_there_are_no_orders_and_it_comes_back_by_itself() -> None:
     with running_postgres() as server:
         asyncio.run(go_on_without(server.database("a"), postgres_stopped(server)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import hashlib
 import logging
@@ -15,6 +14,7 @@ import msgspec
 from modelpool.core.limits import Limits
 from modelpool.errors import Conflict, NotFound
 from modelpool.manager.store import Store
+from modelpool.manager.writing import Writing
 from modelpool.messages.dump import StoredKey
 from modelpool.messages.keys import ID_PREFIX, SECRET_PREFIX, KeyMade, KeySpec, KeyView
 from modelpool.messages.routing import KeyEntry, Keys, KeysDelta, KeysUpdate
@@ -35,7 +35,7 @@ class KeyRegister:
         self._sequence = 0
         self._required = False
         self._keys: dict[str, StoredKey] = {}
-        self.writing = asyncio.Lock()
+        self.writing = Writing(store)
 
     async def recall(self) -> None:
         self._required = await self._store.has_keys()
@@ -53,7 +53,7 @@ class KeyRegister:
     async def make(self, spec: KeySpec) -> KeyMade:
         """Raises Conflict where a live key has that name."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(32)
-        async with self.writing:
+        async with self.writing.in_turn():
             if any(key.spec.name == spec.name for key in self._keys.values() if key.revoked is None):
                 raise Conflict(
                     f"There is a live key named `{spec.name}`. Revoke it first, or use another name.",
@@ -75,7 +75,7 @@ class KeyRegister:
 
     async def revoke(self, id: str) -> KeyView:
         """Once and for all; again changes nothing. Raises KeyNotFound."""
-        async with self.writing:
+        async with self.writing.in_turn():
             key = self._keys.get(id)
             if key is None:
                 close = difflib.get_close_matches(id, self._keys, 1)

@@ -40,6 +40,7 @@ from modelpool.manager.store import LEASE_S, Holder, NotHeld, Store, StoreError
 from modelpool.manager.translation import key_of, model_of, worker_reported
 from modelpool.manager.watches import Watches
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
+from modelpool.manager.writing import Writing
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
 from modelpool.messages.dump import Dump, Loaded, StoredModel
@@ -141,7 +142,7 @@ class Manager:
         self._alone_until = 0.0
         self._recollection = Recollection(store)
         self._roster = Roster(store)
-        self._writing = asyncio.Lock()
+        self._writing = Writing(store)
         self._tasks: asyncio.TaskGroup | None = None
         self._owned: set[asyncio.Task[None]] = set()
         self._watches = Watches(client, own=self._own, gone=self._gone)
@@ -302,7 +303,7 @@ class Manager:
     # ------------------------------------------------------------ models
 
     async def register_model(self, spec: ModelSpec, replace: bool = False) -> ModelView:
-        async with self._writing:
+        async with self._writing.in_turn():
             known = self._specs.get(spec.alias)
             if known is not None and known != spec and not replace:
                 differing = differences(known, spec)
@@ -333,7 +334,7 @@ class Manager:
         return self._view(spec.alias)
 
     async def change_model(self, alias: str, change: dict[str, Any]) -> ModelView:
-        async with self._writing:  # one change after the other, each to what the one before left
+        async with self._writing.in_turn():  # each change is one to what the one before left
             self._require(alias)
             before = self._specs[alias]
             spec = changed(before, change)
@@ -353,7 +354,7 @@ class Manager:
         log.info("changed %s: %s", spec.alias, ", ".join(differences(before, spec)))
 
     async def remove_model(self, alias: str) -> None:
-        async with self._writing:
+        async with self._writing.in_turn():
             self._require(alias)
             await self._store.remove_model(alias)
             self._forget_model(alias)
@@ -399,7 +400,7 @@ class Manager:
         return Dump(cluster=cluster_of(self._store.epoch), models=tuple(models), keys=self._keys.stored())
 
     async def load(self, dump: Dump, *, restore: bool) -> Loaded:
-        async with self._writing, self._keys.writing:
+        async with self._writing.in_turn(), self._keys.writing.in_turn():
             models = missing(self._specs, dump.models)
             keys = self._keys.missing(dump.keys)
             cluster = cluster_of(self._store.epoch)
@@ -494,8 +495,13 @@ class Manager:
         known = self._facts.get(info.worker_id)
         if known is not None and known.info.url == info.url:
             return
-        async with self._writing:
-            await self._roster.enter(info.worker_id, info.url)
+        try:
+            async with self._writing.in_turn():
+                await self._roster.enter(info.worker_id, info.url)
+        except NotHeld:
+            raise
+        except StoreError as error:
+            log.warning("worker %s is written down later: %s", info.worker_id, error)
 
     def _check_name(self, info: WorkerInfo) -> None:
         """Raises Conflict where another live worker has this name: the two would take each other's place for ever."""
@@ -558,7 +564,7 @@ class Manager:
         return await self._drain(worker_id, drain=False)
 
     async def _drain(self, worker_id: str, *, drain: bool) -> WorkerView:
-        async with self._writing:
+        async with self._writing.in_turn():
             if worker_id not in self._pool.workers:
                 raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
             if drain is not (worker_id in self._pool.draining):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from modelpool.manager.store import NotHeld, Store, StoreError
+from modelpool.manager.store import Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +19,9 @@ class Roster:
         """Of whom the store still knows, and that they were being drained."""
 
     async def enter(self, worker_id: str, url: str) -> None:
-        """Raises NotHeld."""
-        try:
-            await self.settle()
-            await self._store.remember_worker(worker_id, url)
-        except NotHeld:
-            raise
-        except StoreError as error:
-            log.warning("worker %s is written down later: %s", worker_id, error)
+        """Raises StoreError; the worker may be there all the same."""
+        await self.settle()
+        await self._store.remember_worker(worker_id, url)
 
     async def leave(self, worker_id: str) -> None:
         self._left.add(worker_id)

@@ -42,6 +42,8 @@ _LOOK_S = 0.25
 _CLOCK_S = 0.05
 ANSWER_S = 5.0
 """A store that has not answered by then is taken to be out."""
+_LATE = 0.5
+"""Of that: who fails after it has waited, as for a lock."""
 
 
 class StoreError(PoolFault):
@@ -149,6 +151,8 @@ class Store:
         """Who holds it here, where that could not be written yet."""
         self.trouble = asyncio.Event()
         """Set when a write failed: whether it was done is not known. Whoever looks into it clears it."""
+        self.silences = 0
+        """How often it has failed late, or not answered at all."""
         # Transactions that were given up: the driver still waits for a database that says nothing.
         self._given_up: set[asyncio.Task[Any]] = set()
 
@@ -373,7 +377,8 @@ class Store:
 
     async def _within(self, work: Awaitable[T]) -> T:
         """Do not wait longer than `answer_s`, nor for a driver that cannot be cancelled while its server is silent."""
-        task = asyncio.ensure_future(work)
+        task, clock = asyncio.ensure_future(work), asyncio.get_running_loop().time
+        late = clock() + _LATE * self._answer_s
         try:
             await asyncio.wait({task}, timeout=self._answer_s)
         finally:
@@ -382,6 +387,8 @@ class Store:
                 task.add_done_callback(self._forget)
                 task.cancel()
                 await self._engine.dispose(close=False)
+        if clock() > late and not (task.done() and task.exception() is None):
+            self.silences += 1
         if not task.done():
             raise StoreError(f"The store has not answered for {self._answer_s:g} s.")
         return task.result()
