@@ -272,6 +272,25 @@ def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_would_be_written_to_a_file_that_was_removed_is_refused(replaced: bool, tmp_path: Path) -> None:
+    async def story() -> None:
+        path, elsewhere = tmp_path / "s.db", tmp_path / "elsewhere.db"
+        async with open_store(file(path)) as store:
+            await store.take_over(ME)
+            await store.add_model(spec("a"), 1)
+            path.rename(elsewhere)
+            if replaced:
+                path.write_bytes(b"")
+            with pytest.raises(StoreError, match=f"{path} was removed or replaced while it was in use"):
+                await store.add_model(spec("b"), 2)
+            elsewhere.rename(path)
+            await store.add_model(spec("c"), 3)
+            assert [each.spec.alias for each in await store.models()] == ["a", "c"]
+
+    asyncio.run(story())
+
+
 @contextmanager
 def full_disk() -> Iterator[None]:
     """No file takes any more, of whichever part of this process."""

@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar, cast
 
-import aiosqlite
 import asyncpg
 import msgspec
 import sqlalchemy as sa
@@ -28,6 +26,7 @@ from modelpool.core.epoch import epoch_of
 from modelpool.errors import PoolFault
 from modelpool.manager import tables
 from modelpool.manager.migrations import HEAD, UnknownSchema, migrate
+from modelpool.manager.sqlite import sqlite_engine
 from modelpool.messages.dump import StoredKey, StoredModel
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
@@ -468,36 +467,8 @@ def _engine(url: str, answer_s: float) -> AsyncEngine:
 
         return create_async_engine("postgresql+asyncpg://", async_creator=connect, pool_pre_ping=True)
     if scheme == "sqlite" and rest.startswith("/"):
-        engine = create_async_engine(f"sqlite+aiosqlite://{rest}", connect_args={"timeout": 0.8 * answer_s})
-        sa.event.listen(engine.sync_engine, "connect", _configure_sqlite)
-        sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
-        return engine
+        return sqlite_engine(rest, lock_timeout_s=0.8 * answer_s)
     raise StoreError(f"The store's address begins with `{scheme}`; it must be postgresql:// or sqlite:/// and a path.")
-
-
-def _configure_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # transactions begin where we say so, and have CREATE TABLE in them too
-    connection.run_async(_write_ahead)
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-async def _write_ahead(connection: aiosqlite.Connection) -> None:
-    """WAL. While another connection changes a new file's mode, SQLite says `locked` at once, whatever its timeout."""
-    for pause_s in (*[0.02] * 50, None):
-        try:
-            await connection.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError as error:
-            if pause_s is None or error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                raise
-            await asyncio.sleep(pause_s)
-        else:
-            return
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @asynccontextmanager
