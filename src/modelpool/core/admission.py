@@ -42,17 +42,20 @@ class State(Enum):
 
 
 class Ticket:
-    """A request that could not enter at once. `size`: bytes that it holds while it waits; `deadline`: `expire`'s."""
+    """A request that could not enter at once, and joins again where it was granted in vain.
+
+    `size`: bytes that it holds while it waits; `deadline`: `expire`'s.
+    """
 
     __slots__ = ("alias", "caller", "deadline", "number", "priority", "size", "state")
 
-    def __init__(self, alias: str, *, caller: str, priority: int, size: int, deadline: float, number: int = 0) -> None:
+    def __init__(self, alias: str, *, caller: str, priority: int, size: int, deadline: float) -> None:
         self.alias = alias
         self.caller = caller
         self.priority = priority
         self.size = size
         self.deadline = deadline
-        self.number = number
+        self.number = 0
         """Its place in the order in which all tickets came; 0 for one that never waited."""
         self.state = State.WAITING
 

@@ -50,7 +50,7 @@ class Stay:
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self._deadline = self._since + min(self._wishes.max_wait_s, room.rules.max_wait_s)
-        self._last_ticket: Ticket | None = None
+        self._ticket: Ticket | None = None
         streaming = request.route is not None and request.route.path in _STREAMING
         self._next_beat = self._since + room.rules.heartbeat_s if streaming and asks_for_stream(request.body) else None
 
@@ -66,7 +66,7 @@ class Stay:
     async def _granted(self) -> None:
         room = self._room
         while not room.enter(self._alias, self._request):
-            ticket = self._ticket()
+            ticket = self._ticket = self._to_join()
             future = room.join(ticket, awake_only=not self._wishes.cold_start)
             if future is not None:
                 try:
@@ -93,7 +93,7 @@ class Stay:
         except TimeoutError:
             pass
 
-    def _ticket(self) -> Ticket:
+    def _to_join(self) -> Ticket:
         """Raises PoolError where there is nothing to wait for, or not any more."""
         table, now = self._room.table, self._loop.time()
         expired = now >= self._deadline
@@ -105,18 +105,17 @@ class Stay:
             elif expired or not self._wishes.cold_start or not is_on_its_way(model):
                 waited_s = round(now - self._since, 1)
                 raise model.unavailable(f" This request waited for it for {waited_s:g} s." if waited_s else "")
-        caller = self._request.caller
         alias = self._alias if table.known else UNKNOWN
-        last = self._last_ticket
-        ticket = self._last_ticket = Ticket(
+        if self._ticket is not None and self._ticket.alias == alias:
+            return self._ticket
+        caller = self._request.caller
+        return Ticket(
             alias,
             caller="" if caller is None else caller.id,
             priority=0 if caller is None else caller.priority,
             size=len(self._request.body),
             deadline=self._deadline,
-            number=last.number if last is not None and last.alias == alias else 0,
         )
-        return ticket
 
     async def _hear(self, waiting: asyncio.Future[None]) -> None:
         """Wait, and say so to the client every now and then."""
