@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
-from modelpool.messages.workers import RegisterWorker, WorkerInfo
+from modelpool.core.lifecycle import InstanceState
+from modelpool.messages.models import ModelSpec
+from modelpool.messages.workers import Address, Heartbeat, InstanceReport, RegisterWorker, WorkerInfo
 from tests.contract.test_keys import Pool, running_pool
 
 
@@ -33,6 +37,43 @@ def test_the_goodbye_of_an_earlier_life_of_a_worker_does_not_remove_the_next(tmp
             assert await workers(pool) == ["w"]
             assert (await pool.http.delete("/workers/w/unregister?incarnation=2")).status_code == 200
             assert await workers(pool) == []
+
+    asyncio.run(story())
+
+
+def test_a_report_that_was_held_up_on_its_way_does_not_undo_a_later_one(tmp_path: Path) -> None:
+    """As when the gateway that it went to was stopped, and the worker went on to another one meanwhile."""
+
+    async def story() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            await told_by(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+    async def told_by(url: str) -> None:
+        async with running_pool(tmp_path) as pool:
+            assert (await pool.http.post("/admin/models/register", json={"alias": "m", "fake": True})).is_success
+            info = WorkerInfo(worker_id="w", incarnation="1", url=url)
+            runs = InstanceReport(
+                instance="m",
+                model=ModelSpec(alias="m", fake=True),
+                state=InstanceState.ACTIVE,
+                address=Address("127.0.0.1", 9),
+                changed_at=1.0,
+            )
+            register = RegisterWorker(info=info, devices=(), engines={}, number=1)
+            again = RegisterWorker(info=info, devices=(), engines={}, instances=(runs,), number=3)
+            beat = Heartbeat(incarnation="1", devices=(), engines={}, number=2)
+
+            async def states_after(path: str, said: RegisterWorker | Heartbeat) -> list[str]:
+                assert (await pool.http.post(f"/workers/{path}", content=msgspec.json.encode(said))).is_success
+                view = (await pool.http.get("/admin/models/m")).json()
+                return [each["state"] for each in view["instances"]]
+
+            await states_after("register", register)
+            assert await states_after("register", again) == ["ACTIVE"]
+            assert await states_after("w/heartbeat", beat) == ["ACTIVE"]
+            assert await states_after("register", register) == ["ACTIVE"]
+            assert await states_after("w/heartbeat", replace(beat, number=4)) == []
+            assert await states_after("w/heartbeat", replace(beat, number=0, instances=(runs,))) == ["ACTIVE"]
 
     asyncio.run(story())
 

@@ -457,9 +457,11 @@ class Manager:
         self._check_name(info)
         await self._outlive(message.epoch)
         await self._remember(info)
-        log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
-        self._heard(info, message)
-        self._watches.begin(info, anew=True)
+        known = self._facts.get(info.worker_id)
+        if known is None or known.info.incarnation != info.incarnation or not known.is_after(message.number):
+            log.info("worker %s registers at %s with %d instances", info.worker_id, info.url, len(message.instances))
+            self._heard(info, message, message.number)
+            self._watches.begin(info, anew=True)
         return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
     async def _ask(self, worker_id: str, url: str, last_known: WorkerDescription | None) -> None:
@@ -520,17 +522,19 @@ class Manager:
         facts = self._facts.get(worker_id)
         if facts is None or facts.info.incarnation != message.incarnation:
             raise WorkerNotFound(f"The worker `{worker_id}` is not registered with this manager.")
-        self._heard(facts.info, message)
-        self._watches.begin(facts.info)
+        if not facts.is_after(message.number):
+            self._heard(facts.info, message, message.number)
+            self._watches.begin(facts.info)
         return HeartbeatAnswer(gateways=self._gateways, epoch=self._store.epoch)
 
-    def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat | WorkerDescription) -> None:
+    def _heard(self, info: WorkerInfo, said: RegisterWorker | Heartbeat | WorkerDescription, number: int = 0) -> None:
         facts = views.WorkerFacts(
             info=info,
             devices=said.devices,
             host=said.host,
             engines=said.engines,
             reports={report.instance: report for report in said.instances},
+            number=number,
         )
         self._news |= facts.news_since(self._facts.get(info.worker_id))
         self._facts[info.worker_id] = facts

@@ -36,6 +36,12 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True):
     host: Device | None = None
     engines: Mapping[str, EngineStatus] = {}
     reports: Mapping[str, InstanceReport] = {}
+    number: int = 0
+    """Of that report; 0 where it is not known."""
+
+    def is_after(self, number: int) -> bool:
+        """Whether a report of the same incarnation was made before this one."""
+        return 0 < number < self.number
 
     def news_since(self, before: WorkerFacts | None) -> set[str]:
         """The models of which it says something new."""

@@ -145,12 +145,15 @@ class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
     epoch: str = ""
     """Of the latest manager that it has heard of; "" also where it runs nothing, so that any pool may have it."""
+    number: int = 0
+    """As of a Heartbeat."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /workers/{worker_id}/heartbeat`. All instances each time: a report replaces the one before.
 
-    404 `worker_not_found` asks the worker to register again.
+    404 `worker_not_found` asks the worker to register again. `number`: greater than that of any earlier report of this
+    incarnation, so that one which was held up on its way is known by it; 0 where its sender does not count.
     """
 
     incarnation: str
@@ -159,6 +162,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     instances: tuple[InstanceReport, ...] = ()
     host: Device | None = None
     files: tuple[str, ...] = ()
+    number: int = 0
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True):

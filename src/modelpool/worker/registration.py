@@ -73,6 +73,7 @@ class Registration:
         self._gateways: tuple[str, ...] = ()
         self._told: set[str] = set()
         self._registered = False
+        self._number = 0
 
     async def run(self) -> None:
         """Register, and report; again and again, until cancelled."""
@@ -136,6 +137,7 @@ class Registration:
             engines=now.engines,
             instances=now.instances,
             epoch=self._fence.epoch,
+            number=self._next_number(),
         )
         try:
             await self._tell(http, "/workers/register", message)
@@ -162,8 +164,13 @@ class Registration:
                 files=now.files,
                 engines=now.engines,
                 instances=now.instances,
+                number=self._next_number(),
             )
             await self._tell(http, path, message)
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
 
     async def _tell(self, http: httpx.AsyncClient, path: str, message: RegisterWorker | Heartbeat) -> None:
         response = await http.post(path, content=msgspec.json.encode(message))
