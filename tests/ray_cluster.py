@@ -122,10 +122,10 @@ class Cluster:
 
 
 def process_of(home: Path, title: str) -> psutil.Process | None:
-    """A process of this node's Ray, if it has one."""
+    """A process of this node's Ray whose title or program begins so, if it has one."""
     for process in ray_processes(home):
         try:
-            if " ".join(process.cmdline()).startswith(title):
+            if Path("".join(process.cmdline()[:1])).name.startswith(title):
                 return process
         except psutil.Error:
             continue
