@@ -141,7 +141,7 @@ class SdkLoad:
         self._client.close()
 
     def _ask(self) -> None:
-        while not self._ending.wait(0.02):
+        while not self._ending.is_set():
             began = time.monotonic()
             try:
                 answer = self._client.completions.with_raw_response.create(**self._body)

@@ -150,7 +150,7 @@ def test_a_killed_gateway_process_breaks_off_what_it_had_and_nothing_else(
     url = cluster.pool.node_url(home)
     gateway_dies(cluster, home)  # whoever started that one: this replica has started the next
     what = f"a gateway process killed that its replica had {'adopted' if adopted else 'started'}"
-    with under_load(cluster, say, what) as loads, SdkLoad(url, "steady", cluster.pool.key, max_tokens=8) as sdk:
+    with under_load(cluster, say, what) as loads, SdkLoad(url, "steady", cluster.pool.key, max_tokens=32) as sdk:
         kills = []
         for _ in range(ROUNDS):
             if adopted:
@@ -164,6 +164,7 @@ def test_a_killed_gateway_process_breaks_off_what_it_had_and_nothing_else(
     broken = [of_one_death(loads, killed, say) for killed in kills]
     failed = [each for load in loads for each in load.failed()]
     assert set(failed) == {each for some in broken for each in some}, "nowhere else, and at no other time"
+    assert sdk.retries, "it had nothing open when a process was killed"
     assert not sdk.failures
 
 
