@@ -7,10 +7,12 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import msgspec
 import ray
 from ray import serve
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -165,7 +167,7 @@ def _create_manager(wanted: Deployment) -> bytes:
     """
     with suppress(ValueError):
         actor = ray.get_actor(MANAGER, NAMESPACE)
-        deployed: bytes = ray.get(actor.deployed.remote())
+        deployed = _deployed(actor)
         settings = msgspec.structs.replace(wanted.settings, run_id=deployed_run_id(deployed))
         wanted = msgspec.structs.replace(wanted, settings=settings)
         if deployed == encode_deployment(wanted):
@@ -191,6 +193,22 @@ def _create_manager(wanted: Deployment) -> bytes:
         scheduling_strategy=here if pinned else None,
     ).remote(deployment)
     return deployment
+
+
+def _deployed(actor: ActorHandle[Any]) -> bytes:
+    """What it was made with, once it is there: Ray may still have to find its node dead, and to start it again.
+
+    Raises StartupError.
+    """
+    deadline = time.monotonic() + _MANAGER_S
+    while True:
+        try:
+            deployed: bytes = ray.get(actor.deployed.remote(), timeout=_MANAGER_S)
+            return deployed
+        except RayError as error:
+            if time.monotonic() > deadline:
+                raise StartupError(f"The manager actor does not answer: {error}") from error
+        time.sleep(_POLL_S)
 
 
 def _await_gone() -> None:
