@@ -104,6 +104,15 @@ def modelpool(*arguments: str, environ: dict[str, str]) -> subprocess.CompletedP
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
 
 
+def deploy(environ: dict[str, str]) -> None:
+    """`modelpool deploy`."""
+    for _ in range(RAY_STARTS):
+        done = modelpool("deploy", "--json", environ=environ)
+        if "timed out during startup" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def ray_processes(home: Path) -> list[psutil.Process]:
     """All of the Ray that was started for this home."""
     found = []
@@ -191,11 +200,7 @@ def deployed_pool(*, dashboard: bool = False, ray_args: str = "", **environ: str
         )
         given["MODELPOOL_RAY_ARGS"] += f"{more} {ray_args}"
         try:
-            for _ in range(RAY_STARTS):
-                done = modelpool("deploy", "--json", environ=given)
-                if "timed out during startup" not in done.stderr:
-                    break
-            assert done.returncode == 0, done.stdout + done.stderr
+            deploy(given)
             url = eventually(lambda: local_address(Settings(home=str(folder / "home"))), 5, lambda: "an address").url
             with started_worker(folder, given, url) as worker:
                 pool = RayPool(worker, folder, given, url)

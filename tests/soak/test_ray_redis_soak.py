@@ -12,7 +12,7 @@ from modelpool.core.epoch import number_of
 from modelpool.pool_address import local_address
 from modelpool.settings import Settings
 from tests.ray_cluster import HEADER, Cluster, process_of, running_cluster, under_load
-from tests.ray_pool import deployed_pool, free_port, kill_ray, modelpool
+from tests.ray_pool import deploy, deployed_pool, free_port, kill_ray
 from tests.redis import running_redis
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -39,8 +39,7 @@ def cluster(environ: dict[str, str], say: Callable[[str], None]) -> Iterator[Clu
 
 
 def deploy_again(cluster: Cluster) -> None:
-    done = modelpool("deploy", environ=cluster.pool.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
+    deploy(cluster.pool.environ)
 
 
 def ray_starts_again(cluster: Cluster) -> None:

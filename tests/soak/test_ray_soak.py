@@ -21,7 +21,7 @@ from benchmarks.machine import cpu_seconds
 from tests.e2e.pool import PoolProcess, eventually, running_pool
 from tests.load import Asked, SdkLoad
 from tests.ray_cluster import HEADER, NOWHERE_GB, Cluster, Loads, running_cluster, under_load
-from tests.ray_pool import BIN, RayPool, deployed_pool, kill_ray, modelpool
+from tests.ray_pool import BIN, RayPool, deploy, deployed_pool, kill_ray
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
@@ -57,8 +57,7 @@ def head_is_lost(cluster: Cluster) -> None:
     epoch = cluster.epoch()
     kill_ray(cluster.homes[0])
     time.sleep(HEADLESS_S)
-    done = modelpool("deploy", environ=cluster.pool.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
+    deploy(cluster.pool.environ)
     cluster.await_manager_after(epoch)
     for home in cluster.homes[1:]:
         cluster.rejoin(home)
