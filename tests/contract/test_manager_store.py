@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from modelpool.core import changes
 from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Policy
 from modelpool.manager.api import control_app
@@ -342,6 +343,30 @@ def test_workers_and_gateways_of_another_cluster_are_left_alone(store_url: str) 
     asyncio.run(story())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("info.url", "http://127.0.0.1:1/\0"),
+        ("info.worker_id", "w\0"),
+        ("info.worker_id", ""),
+        ("epoch", f"x.{10**19}"),
+    ],
+)
+def test_a_worker_says_nothing_that_the_store_cannot_take(store_url: str, field: str, value: str) -> None:
+    async def story() -> None:
+        async with running_world(store_url) as world:
+            said = told("http://127.0.0.1:1")
+            if field == "epoch":
+                said = replace(said, epoch=value)
+            else:
+                said = replace(said, info=replace(said.info, **{field.removeprefix("info."): value}))
+            answer = await world.http.post("/workers/register", content=msgspec.json.encode(said))
+            assert (answer.status_code, answer.json()["error"]["param"]) == (422, field)
+            assert not world.store.trouble.is_set()
+
+    asyncio.run(story())
+
+
 def told(url: str, *instances: InstanceReport, incarnation: str = "1") -> RegisterWorker:
     info = WorkerInfo(worker_id="w", incarnation=incarnation, url=url)
     return RegisterWorker(info=info, devices=(), engines={}, instances=instances)
@@ -391,7 +416,7 @@ async def worker_registers(world: World, url: str, incarnation: str = "1") -> No
 
 
 async def worker_is_alive(world: World) -> bool:
-    return [each["alive"] for each in (await world.http.get("/workers")).json()["workers"]] == [True]
+    return [each["alive"] for each in (await world.http.get("/workers")).json()["workers"]] != [False]
 
 
 def test_workers_that_move_and_leave_while_the_store_is_out_are_written_down_later(tmp_path: Path) -> None:
@@ -417,17 +442,22 @@ def test_workers_that_move_and_leave_while_the_store_is_out_are_written_down_lat
     asyncio.run(story())
 
 
-def test_a_drained_worker_that_ended_while_no_manager_was_there_is_not_sent_away_when_it_comes_again(
-    tmp_path: Path,
+def test_a_drained_worker_that_ended_while_no_manager_was_there_is_forgotten_where_it_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def story() -> None:
-        url = f"sqlite:///{tmp_path}/s.db"
+    async def story(back: bool) -> None:
+        url = f"sqlite:///{tmp_path}/{back}.db"
         async with held(url) as store:
             await store.remember_worker("w", "http://127.0.0.1:1")
             await store.drain("w", drain=True)
-        async with running_world(url, recovery_s=0.5) as world:
-            await world.until(_has(world.store.draining, []))
-            await worker_registers(world, "http://127.0.0.1:1")
-            assert not (await world.http.get("/workers")).json()["workers"][0]["draining"]
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            async with running_world(url, recovery_s=0.5) as world:
+                await world.until(_has(partial(worker_is_alive, world), False))
+                if not back:
+                    await world.until(_has(world.store.draining, []))
+                await worker_registers(world, f"http://127.0.0.1:{silent.getsockname()[1]}")
+                assert (await world.http.get("/workers")).json()["workers"][0]["draining"] is back
 
-    asyncio.run(story())
+    asyncio.run(story(back=True))
+    monkeypatch.setattr(changes, "WORKER_BACK_S", 0.1)
+    asyncio.run(story(back=False))

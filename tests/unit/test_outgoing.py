@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from modelpool.core.availability import is_routed
+from modelpool.core.changes import WORKER_BACK_S
 from modelpool.core.demand import Demand, Seen
 from modelpool.core.events import (
     DemandHeard,
@@ -25,6 +26,7 @@ from modelpool.core.lifecycle import InstanceState
 from modelpool.core.orders import ORDER_RETRY_S, Dismiss, Effect, Sleep, Stop
 from modelpool.core.outgoing import UNHURRIED_S, needed
 from modelpool.core.pool import Pool
+from modelpool.core.reconcile import next_deadline
 from modelpool.core.scaling import Replica, ScalingPolicy
 from tests.unit.test_pool import POLICY, heard, model, play, report, started, stopped
 
@@ -152,6 +154,19 @@ def test_of_several_all_go_at_once_that_the_load_does_not_need() -> None:
 def test_a_worker_that_ended_without_a_word_is_dismissed_too() -> None:
     pool, effects = play((11, DrainBegun("w")), (12, WorkerGone("w", "1", "its process has ended")), pool=two_workers())
     assert dismissed(effects) == ["w"] or dismissed(play((16, Tick()), pool=pool)[1]) == ["w"]
+
+
+def test_a_drain_outlives_a_worker_that_dies_in_the_middle_of_it_and_is_started_again() -> None:
+    gone = WorkerGone("w", "1", "its process has ended")
+    pool, effects = play((11, DrainBegun("w")), (12, gone), (13, Tick()), pool=two_workers(report()))
+    assert dismissed(effects) == []
+    back, effects = play((14, heard("w", incarnation="2")), pool=pool)
+    assert (dismissed(effects), list(back.draining)) == (["w"], ["w"])
+    due = next_deadline(pool)
+    assert due is not None
+    assert 13 < due <= 12 + WORKER_BACK_S
+    _, effects = play((12 + WORKER_BACK_S, Tick()), pool=pool)
+    assert dismissed(effects) == ["w"]
 
 
 def new(alias: str = "m", *, replaces: tuple[str, ...] = ("k",), gb: float = 2) -> ModelReplaced:

@@ -181,7 +181,9 @@ def _dismiss_drained(pool: Pool, round_: Round) -> Pool:
 
 
 def _is_empty(pool: Pool, worker_id: str) -> bool:
-    return worker_id in pool.workers and worker_id not in pool.on_worker
+    """Of one that is drained: it runs nothing. Whose process has ended though nobody told it to may be back."""
+    may_be_back = worker_id in pool.missed and pool.draining[worker_id] == -math.inf
+    return worker_id in pool.workers and worker_id not in pool.on_worker and not may_be_back
 
 
 def _urgency(pool: Pool, model: Model, now: float) -> tuple[float, float, int, str]:

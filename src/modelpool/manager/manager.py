@@ -66,6 +66,8 @@ _NO_LEASE_S = 0.5
 """How often it is looked whether there is a lease again."""
 _FORMER_MAX = 8
 """So many changes of a model back, what it was may still be served by instances that run."""
+_EPOCH_MAX = 1 << 31
+"""So many managers no cluster ever has."""
 _NAME_HELD_S = 15.0
 """A worker that was heard within this keeps its name."""
 
@@ -249,8 +251,11 @@ class Manager:
     async def _outlive(self, epoch: str) -> None:
         """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
 
-        Raises Conflict where it is of another cluster, NotHeld where it is of a manager that came after this one.
+        Raises InvalidBody for nonsense, Conflict where it is of another cluster, NotHeld where it is of a manager that
+        came after this one.
         """
+        if number_of(epoch) > _EPOCH_MAX:
+            raise InvalidBody(f"`epoch`: no manager of this cluster ever had {epoch!r}.", param="epoch")
         if is_foreign(epoch, self._store.epoch):
             raise Conflict(
                 f"What is there belongs to the cluster `{cluster_of(epoch)}`; the store of this manager is that of "
@@ -453,7 +458,7 @@ class Manager:
 
     async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
         info = message.info
-        _check_url(info.url)
+        _check_info(info)
         self._check_name(info)
         await self._outlive(message.epoch)
         await self._remember(info)
@@ -477,20 +482,18 @@ class Manager:
         except WorkerUnreachable as error:
             log.info("worker %s does not answer at %s: %s", worker_id, url, error)
             if error.refused:
-                await self._forget_drained(worker_id)
+                if worker_id in self._pool.draining and worker_id not in self._facts:
+                    self._miss(WorkerInfo(worker_id=worker_id, incarnation="", url=url))
                 return
         if found is not None and found.info.worker_id == worker_id and worker_id not in self._facts:
             log.info("worker %s runs on at %s with %d instances", worker_id, url, len(found.instances))
             self._heard(found.info, found)
             self._watches.begin(found.info)
 
-    async def _forget_drained(self, worker_id: str) -> None:
-        """One that was to go, and has ended while no manager was there to see it. The next of its name is to stay."""
-        await self._recovered.wait()
-        async with self._writing:
-            if worker_id in self._pool.draining and worker_id not in self._facts:
-                await self._roster.leave(worker_id)
-                self._apply(events.DrainCancelled(worker_id))
+    def _miss(self, info: WorkerInfo) -> None:
+        """One that was being drained has ended while no manager was there to see it. It may be back."""
+        self._heard(info, WorkerDescription(info=info, devices=(), engines={}, instances=()))
+        self._gone(info)
 
     async def _remember(self, info: WorkerInfo) -> None:
         """So that the next manager waits for it. It is taken all the same while the store is out."""
@@ -628,7 +631,10 @@ def _now() -> float:
     return time.monotonic()
 
 
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise InvalidBody(f"`info.url`: must be an http:// URL with a host, got {url!r}.", param="info.url")
+def _check_info(info: WorkerInfo) -> None:
+    """A store may refuse what a JSON text may have in it."""
+    parts = urlsplit(info.url)
+    if parts.scheme != "http" or not parts.hostname or not info.url.isprintable():
+        raise InvalidBody(f"`info.url`: must be an http:// URL with a host, got {info.url!r}.", param="info.url")
+    if not info.worker_id or not info.worker_id.isprintable():
+        raise InvalidBody(f"`info.worker_id`: must be a name, got {info.worker_id!r}.", param="info.worker_id")
