@@ -25,7 +25,7 @@ def test_both_serve_and_count_what_the_other_sends(two_gateways: PoolProcess) ->
     pool = two_gateways
     gateways = pool.processes("modelpool: gateway")
     assert len(gateways) == 2
-    pool.register("m", fake=True, fake_delay_ms=3000, fake_capacity=8, min_replicas=2)
+    pool.register("m", fake=True, fake_delay_ms=6000, fake_capacity=8, min_replicas=2)
     pool.wait_active("m", replicas=2)
     served: Counter[int] = Counter()
 
@@ -40,10 +40,13 @@ def test_both_serve_and_count_what_the_other_sends(two_gateways: PoolProcess) ->
         thread.start()
         time.sleep(0.05)
     with pool.worker_http() as worker:
-        inflight = [worker.get(f"/instances/{name}/status").json()["inflight_requests"] for name in ("m", "m-r2")]
+
+        def inflight() -> list[int]:
+            return [worker.get(f"/instances/{name}/status").json()["inflight_requests"] for name in ("m", "m-r2")]
+
+        eventually(lambda: inflight() == [8, 8], 4, lambda: str(inflight()))
     for thread in threads:
         thread.join()
-    assert inflight == [8, 8]
     assert served == {200: 16}
     connections = Counter(each.pid for each in gateways for _ in each.net_connections())
     assert all(connections[each.pid] for each in gateways)

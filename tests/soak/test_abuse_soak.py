@@ -105,9 +105,10 @@ class World:
 
     @property
     def descriptors(self) -> int:
-        """But for the connections to engines, which are kept to be used again."""
-        sockets = self.process.net_connections("tcp4")
-        return self.process.num_fds() - sum(each.status == psutil.CONN_ESTABLISHED for each in sockets)
+        """But for the connections to engines and manager, which are kept to be used again."""
+        engines = sum(each.status == psutil.CONN_ESTABLISHED for each in self.process.net_connections("tcp4"))
+        manager = sum(not each.laddr for each in self.process.net_connections("unix"))
+        return self.process.num_fds() - engines - manager
 
     async def metric(self, name: str) -> float:
         """The sum over its labels."""
@@ -133,7 +134,8 @@ class World:
             "at the engines": self.busy.requests,
             "in flight": await self.metric("requests_in_flight"),
             "waiting": await self.metric("requests_waiting"),
-            "connections but for this one": await self.metric("client_connections") - 1,
+            # It is said once a second: when this one was there, or when not.
+            "connections but for this one": max(0, await self.metric("client_connections") - 1),
         }
 
 
