@@ -66,6 +66,26 @@ def test_the_manager_actor_dies_and_requests_and_registrations_stay(ray_pool: Ra
     ray_pool.remove("acknowledged")
 
 
+def test_a_deploy_of_what_is_there_leaves_manager_and_replicas_as_they_are(ray_pool: RayPool) -> None:
+    before = [ray_pool.ray_process(title) for title in ("ray::ManagerActor", "ray::ServeReplica")]
+    done = ray_pool.command("deploy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ray_pool.connect()
+    replicas = serve.status().applications["modelpool"].deployments["gateway"].replica_states
+    assert replicas == {"RUNNING": 1}
+    assert [ray_pool.ray_process(title) for title in ("ray::ManagerActor", "ray::ServeReplica")] == before
+
+
+def test_a_deploy_with_a_store_that_is_not_there_changes_nothing(ray_pool: RayPool) -> None:
+    manager, epoch = ray_pool.ray_process("ray::ManagerActor"), ray_pool.status()["epoch"]
+    done = ray_pool.command("deploy", MODELPOOL_STORE_URL="postgresql://nobody@127.0.0.1:1/none")
+    assert done.returncode == 1
+    assert "The store cannot be used" in done.stderr
+    assert "Nothing was changed" in done.stderr
+    assert ray_pool.ray_process("ray::ManagerActor") == manager
+    assert ray_pool.status()["epoch"] == epoch
+
+
 def test_a_deploy_that_was_interrupted_is_finished_by_the_next(ray_pool: RayPool, alias: str) -> None:
     """It had taken the manager away, and made none in its place."""
     gateway, epoch = ray_pool.one("modelpool: gateway"), ray_pool.status()["epoch"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import logging
 import socket
 import time
@@ -25,6 +27,7 @@ from modelpool.cluster.head import address_of_head, end_head, remember_head, sta
 from modelpool.cluster.nodes import live_nodes
 from modelpool.gateway.auth import check_exposure
 from modelpool.home import Home
+from modelpool.manager.store import StoreError, reach_store
 from modelpool.messages.cluster import Deployment, deployed_run_id, encode_deployment
 from modelpool.pool_address import address_file, local_address
 from modelpool.process import StartupError
@@ -58,7 +61,9 @@ def deploy(settings: Settings) -> str:
         serve.start(proxy_location="Disabled")
         try:
             serve.run(
-                GATEWAYS.options(num_replicas=live_nodes()).bind(deployment),
+                GATEWAYS.options(num_replicas=live_nodes(), version=_version(deployment), _internal=True).bind(
+                    deployment
+                ),
                 name=APPLICATION,
                 route_prefix=None,
                 external_scaler_enabled=True,
@@ -146,7 +151,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _check_store(settings: Settings) -> None:
-    """Raises StartupError where a manager that is started again elsewhere would not find its store."""
+    """Raises StartupError where a manager, also one that is started again elsewhere, would not find its store."""
     if live_nodes() > 1 and _store_is_a_file(settings) and not settings.cluster.pin_manager:
         raise StartupError(
             "The cluster has several nodes, and the store is a file on this one, which a manager that is started "
@@ -154,6 +159,33 @@ def _check_store(settings: Settings) -> None:
             "Name a PostgreSQL with MODELPOOL_STORE_URL, or keep the manager on this node with --pin-manager "
             "(MODELPOOL_PIN_MANAGER).",
         )
+    url = settings.manager.store_url
+    if url and not url.startswith("sqlite:"):
+        _await_store(url)
+
+
+def _await_store(url: str) -> None:
+    """So that a manager which runs gives way to none that cannot start. Where none runs, the store may still be coming.
+
+    Raises StartupError.
+    """
+    deadline = time.monotonic() + (0.0 if _manager_is_there() else _MANAGER_S)
+    while True:
+        try:
+            asyncio.run(reach_store(url))
+            return
+        except StoreError as error:
+            if time.monotonic() > deadline:
+                raise StartupError(f"{error} Nothing was changed.", "MODELPOOL_STORE_URL names the store.") from error
+        time.sleep(_POLL_S)
+
+
+def _manager_is_there() -> bool:
+    try:
+        ray.get_actor(MANAGER, NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _store_is_a_file(settings: Settings) -> bool:
@@ -214,11 +246,7 @@ def _deployed(actor: ActorHandle[Any]) -> bytes:
 def _await_gone() -> None:
     """Wait until the name is free again."""
     deadline = time.monotonic() + _MANAGER_S
-    while time.monotonic() < deadline:
-        try:
-            ray.get_actor(MANAGER, NAMESPACE)
-        except ValueError:
-            return
+    while _manager_is_there() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
@@ -236,6 +264,11 @@ def _await_manager() -> None:
         if time.monotonic() > deadline:
             raise StartupError(f"The manager cannot start: {health['reason']}")
         time.sleep(_POLL_S)
+
+
+def _version(deployment: bytes) -> str:
+    """Without one of ours Ray Serve takes every deployment for a new version, and starts all replicas anew."""
+    return hashlib.sha256(deployment).hexdigest()[:16]
 
 
 def _gateway_trouble() -> str:

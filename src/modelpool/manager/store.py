@@ -447,6 +447,16 @@ async def open_store(url: str, *, answer_s: float = ANSWER_S) -> AsyncIterator[S
         await store.close()
 
 
+async def reach_store(url: str, *, answer_s: float = ANSWER_S) -> None:
+    """Raises StoreError where nobody answers at a URL as `open_store` has it. What is there is left as it is."""
+    engine = _engine(url, answer_s)
+    try:
+        async with _transaction(engine) as connection:
+            await connection.execute(sa.select(1))
+    finally:
+        await engine.dispose()
+
+
 def _engine(url: str, answer_s: float) -> AsyncEngine:
     """Raises StoreError for a URL of another kind."""
     scheme, _, rest = url.partition("://")
