@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from modelpool.cli.client import PoolClient
 from modelpool.cli.command import program
+from modelpool.cli.model_path import as_workers_find_it
 from modelpool.cli.options import JsonOption, UrlOption, assignments, client_of
 from modelpool.cli.output import fail, show
 from modelpool.cli.tables import models_table
@@ -48,8 +49,8 @@ def register(
     """Register a model; it is started, and stays registered until it is removed."""
     if timeout is not None and not wait_:
         fail("--timeout says how long to --wait; give both.", code=2)
-    if model_name is not None and model_name.startswith((".", "~")):
-        model_name = str(Path(model_name).expanduser().absolute())  # relative to whoever types it, not to the worker
+    if model_name is not None:
+        model_name = as_workers_find_it(model_name)
     body = _body_from(file)
     given = {
         "alias": alias,
