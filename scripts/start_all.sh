@@ -10,4 +10,12 @@ if [ "${1:-}" = --no-ray ]; then
 fi
 modelpool deploy
 trap "modelpool undeploy" EXIT
-modelpool worker
+modelpool worker &
+worker=$!
+trap 'kill "$worker"' TERM
+trap : INT # the terminal says it to the worker too
+status=0
+while kill -0 "$worker" 2>/dev/null; do
+    wait "$worker" && status=0 || status=$?
+done
+exit "$status"
