@@ -26,7 +26,7 @@ from modelpool.cluster.gateways import end_left_behind
 from modelpool.cluster.head import address_of_head, end_head, remember_head, start_head
 from modelpool.cluster.nodes import live_nodes
 from modelpool.gateway.auth import check_exposure
-from modelpool.home import Home
+from modelpool.home import AlreadyRunning, Home
 from modelpool.manager.store import StoreError, reach_store
 from modelpool.messages.cluster import Deployment, deployed_run_id, encode_deployment
 from modelpool.pool_address import address_file, local_address
@@ -47,7 +47,7 @@ def deploy(settings: Settings) -> str:
     check_exposure(settings.gateway)
     code = deployed_code(settings.cluster.working_dir)
     home = Home(settings.home_path)
-    with _connected(settings, home, start=True):
+    with _alone(home), _connected(settings, home, start=True):
         # What Ray was started with is no part of what is deployed.
         settings = msgspec.structs.replace(
             settings,
@@ -80,21 +80,35 @@ def undeploy(settings: Settings) -> None:
     Raises StartupError where the cluster that RAY_ADDRESS names cannot be reached.
     """
     home = Home(settings.home_path)
+    with _alone(home):
+        try:
+            if settings.cluster.ray_address or address_of_head(home):
+                with _connected(settings, home, start=False):
+                    serve.delete(APPLICATION)
+                    if not serve.status().applications:
+                        serve.shutdown()
+                    with suppress(ValueError):
+                        ray.kill(ray.get_actor(MANAGER, NAMESPACE))
+        except StartupError:
+            if settings.cluster.ray_address:
+                raise  # where it is our own Ray that is broken, that ends here all the same
+        end_head(home)
+        end_left_behind(home)
+        home.drop_shared_memory()
+        address_file(settings).unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(home: Home) -> Iterator[None]:
+    """Of two at once each would take the other's Ray for one that was left behind. Raises StartupError."""
     try:
-        if settings.cluster.ray_address or address_of_head(home):
-            with _connected(settings, home, start=False):
-                serve.delete(APPLICATION)
-                if not serve.status().applications:
-                    serve.shutdown()
-                with suppress(ValueError):
-                    ray.kill(ray.get_actor(MANAGER, NAMESPACE))
-    except StartupError:
-        if settings.cluster.ray_address:
-            raise  # where it is our own Ray that is broken, that ends here all the same
-    end_head(home)
-    end_left_behind(home)
-    home.drop_shared_memory()
-    address_file(settings).unlink(missing_ok=True)
+        with home.lock("deploy"):
+            yield
+    except AlreadyRunning as error:
+        raise StartupError(
+            f"Another `deploy` or `undeploy` of {home.path} is under way (process {error.pid or 'unknown'}).",
+            "Wait for its end, or end it.",
+        ) from error
 
 
 @contextmanager
