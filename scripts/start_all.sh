@@ -12,10 +12,12 @@ modelpool deploy
 trap "modelpool undeploy" EXIT
 modelpool worker &
 worker=$!
-trap 'kill "$worker"' TERM
-trap : INT # the terminal says it to the worker too
-status=0
-while kill -0 "$worker" 2>/dev/null; do
-    wait "$worker" && status=0 || status=$?
+told=yes
+trap 'told=yes; kill "$worker" 2>/dev/null || :' TERM
+trap 'told=yes' INT # the terminal says it to the worker too
+while [ "$told" ]; do # a signal breaks off the wait
+    told=
+    status=0
+    wait "$worker" || status=$?
 done
 exit "$status"
