@@ -9,9 +9,8 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from modelpool.core.lifecycle import InstanceState
-from modelpool.messages.models import ModelSpec
-from modelpool.messages.workers import Address, Heartbeat, InstanceReport, RegisterWorker, WorkerInfo
+from modelpool.messages.workers import Heartbeat, RegisterWorker, WorkerInfo
+from tests import reports
 from tests.contract.test_keys import Pool, running_pool
 
 
@@ -52,13 +51,7 @@ def test_a_report_that_was_held_up_on_its_way_does_not_undo_a_later_one(tmp_path
         async with running_pool(tmp_path) as pool:
             assert (await pool.http.post("/admin/models/register", json={"alias": "m", "fake": True})).is_success
             info = WorkerInfo(worker_id="w", incarnation="1", url=url)
-            runs = InstanceReport(
-                instance="m",
-                model=ModelSpec(alias="m", fake=True),
-                state=InstanceState.ACTIVE,
-                address=Address("127.0.0.1", 9),
-                changed_at=1.0,
-            )
+            runs = reports.active("m")
             register = RegisterWorker(info=info, devices=(), engines={}, number=1)
             again = RegisterWorker(info=info, devices=(), engines={}, instances=(runs,), number=3)
             beat = Heartbeat(incarnation="1", devices=(), engines={}, number=2)

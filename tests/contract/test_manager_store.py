@@ -17,7 +17,6 @@ import pytest
 from msgspec.structs import replace
 
 from modelpool.core import changes
-from modelpool.core.lifecycle import InstanceState
 from modelpool.core.pool import Policy
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import Manager, running_manager
@@ -25,7 +24,8 @@ from modelpool.manager.store import Deposed, Holder, Rewound, Store, StoreError,
 from modelpool.messages.dump import Dump, StoredModel
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
-from modelpool.messages.workers import Address, InstanceReport, RegisterWorker, WorkerInfo
+from modelpool.messages.workers import InstanceReport, RegisterWorker, WorkerInfo
+from tests import reports
 from tests.postgres import Postgres, running_postgres
 from tests.stores import ME, held
 
@@ -45,6 +45,9 @@ class World:
 
     async def aliases(self) -> list[str]:
         return [each["alias"] for each in (await self.http.get("/admin/models")).json()["models"]]
+
+    async def recovered(self) -> bool:
+        return not (await self.manager.status()).recovering
 
     async def until(self, there: Callable[[], Awaitable[bool]]) -> None:
         async with asyncio.timeout(PATIENCE_S):
@@ -270,6 +273,36 @@ def test_what_was_loaded_is_known_though_the_store_could_not_be_read_after_it(
     asyncio.run(story())
 
 
+def test_a_pool_that_was_restored_tells_the_gateways_of_no_model_before_its_workers_are_back(tmp_path: Path) -> None:
+    async def story() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            async with running_world(f"sqlite:///{tmp_path}/s.db") as world:
+                await world.until(world.recovered)
+                dump = Dump(cluster="dumped", models=(StoredModel(ModelSpec(alias="m", fake=True), 1),), keys=())
+                worker = msgspec.json.encode(replace(told(url, reports.active("m")), epoch="dumped.1"))
+                assert (await world.http.post("/workers/register", content=worker)).status_code == 409
+                followed = world.manager.snapshots()
+                assert isinstance(await anext(followed), Keys)
+                assert await anext(followed) == Snapshot(epoch=world.store.epoch, sequence=1, models={})
+                body = msgspec.json.encode(dump)
+                assert (await world.http.post("/admin/load?restore=true", content=body)).status_code == 200
+                assert (await world.manager.status()).recovering
+                async with asyncio.TaskGroup() as tasks:
+                    late = tasks.create_task(world.register("late"))
+                    await asyncio.sleep(0.5)
+                    assert (await world.http.post("/workers/register", content=worker)).status_code == 200
+                    assert not late.done()
+                assert (await late).status_code == 200
+                async with asyncio.timeout(PATIENCE_S):
+                    async for update in followed:
+                        if isinstance(update, Snapshot):
+                            assert [each.instance for each in update.models["m"].routes] == ["m"]
+                            break
+
+    asyncio.run(story())
+
+
 async def go_on_too_long(next_: Store, url: str) -> None:
     async with running_world(url) as world:
         await world.register("a")
@@ -381,14 +414,7 @@ def test_a_new_manager_takes_a_silent_worker_to_run_what_it_ran_and_a_dead_one_n
     async def before(url: str) -> None:
         async with running_world(store_url) as world:
             await world.register("m")
-            runs = InstanceReport(
-                instance="m",
-                model=ModelSpec(alias="m", fake=True),
-                state=InstanceState.ACTIVE,
-                address=Address("127.0.0.1", 9),
-                changed_at=1.0,
-            )
-            await world.http.post("/workers/register", content=msgspec.json.encode(told(url, runs)))
+            await world.http.post("/workers/register", content=msgspec.json.encode(told(url, reports.active("m"))))
             assert await active(world, "m") == [("w", "ACTIVE")]
 
     async def story() -> None:
@@ -396,7 +422,7 @@ def test_a_new_manager_takes_a_silent_worker_to_run_what_it_ran_and_a_dead_one_n
             url = f"http://127.0.0.1:{silent.getsockname()[1]}"
             await before(url)
             async with running_world(store_url, recovery_s=2.0) as world:
-                await world.until(_is(lambda: not world.manager._pool.recovering))
+                await world.until(world.recovered)
                 assert await active(world, "m") == [("w", "ACTIVE")]
                 async with asyncio.timeout(PATIENCE_S):
                     async for update in world.manager.snapshots():
@@ -404,7 +430,7 @@ def test_a_new_manager_takes_a_silent_worker_to_run_what_it_ran_and_a_dead_one_n
                             assert [each.instance for each in update.models["m"].routes] == ["m"]
                             break
         async with running_world(store_url, recovery_s=1.0) as world:
-            await world.until(_is(lambda: not world.manager._pool.recovering))
+            await world.until(world.recovered)
             assert await active(world, "m") == []
 
     asyncio.run(story())

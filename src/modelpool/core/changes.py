@@ -192,8 +192,8 @@ def without_level(instance: Instance, level: int, reason: str) -> Instance:
 
 
 def _time_passed(pool: Pool, now: float) -> Pool:
-    if now >= pool.recover_until and pool.awaited:
-        pool = replace(pool, awaited=frozenset())
+    if now >= pool.recover_until and pool.recovering:
+        pool = replace(pool, awaited=frozenset(), anyone_awaited=False)
     if now < pool.workers_due:
         return pool
     lost = {

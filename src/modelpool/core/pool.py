@@ -202,11 +202,13 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """Workers that are to go, once they run nothing any more → when they were last told to end."""
     awaited: frozenset[str] = frozenset()
     """Workers known from before this manager; until they have reported or `recover_until`, no orders are given."""
+    anyone_awaited: bool = False
+    """So are workers of which no more is known than that there may be some."""
     recover_until: float = 0.0
 
     @property
     def recovering(self) -> bool:
-        return bool(self.awaited)
+        return bool(self.awaited) or self.anyone_awaited
 
 
 def key_of(instance: Instance) -> Key:

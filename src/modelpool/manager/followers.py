@@ -87,6 +87,10 @@ class Followers:
         for update in self._whole():
             self.tell(update)
 
+    def begin_anew(self) -> None:
+        """Tell nothing of models until there is a routing table of all of them again."""
+        self._table = RoutingTable()
+
     def hear(self, report: DemandReport) -> None:
         """What one of them uses, which the other nodes are told."""
         now = time.monotonic()

@@ -124,7 +124,7 @@ def passes(known: Known, alias: str) -> bool:
 def workers_missing(pool: Pool) -> str:
     """Why no worker is there, where none is."""
     if pool.recovering:
-        return f"the manager has just started, and awaits {', '.join(sorted(pool.awaited))}"
+        return f"the manager has just started, and awaits {', '.join(sorted(pool.awaited)) or 'its workers'}"
     if not pool.workers:
         return "none is registered"
     return "; ".join(f"{worker.worker_id}: {worker.reason}" for worker in pool.workers.values())
