@@ -166,7 +166,22 @@ def _merge(
     policy: Policy, known: Instance | None, history: Instance | None, report: Report, worker_id: str, now: float
 ) -> Instance:
     """What is known of an instance and what its worker says of it now, as one."""
-    seen = Instance(
+    seen = _as_told(report, history, worker_id, now)
+    if known is None:
+        return failed(policy, seen, report.reason, now, at=report.changed_at) if has_failed(seen) else seen
+    merged = _continued(known, seen, now)
+    if not has_failed(seen):
+        stable = seen.state is InstanceState.ACTIVE and now - merged.active_since >= policy.backoff_max_s
+        return replace(merged, failures=0) if stable else merged
+    if report.changed_at <= known.failed_at:
+        # The failure that was answered with a new order already: the order is on its way, or waits for its time.
+        return replace(known, missing=0, ending=report.ending and has_failed(known))
+    return failed(policy, merged, report.reason, now, at=report.changed_at)
+
+
+def _as_told(report: Report, history: Instance | None, worker_id: str, now: float) -> Instance:
+    """An instance as its worker has it, with what an earlier life of it left."""
+    return Instance(
         instance=report.instance,
         alias=report.alias,
         key=report.key,
@@ -188,8 +203,10 @@ def _merge(
         failures=history.failures if history else 0,
         failed_at=history.failed_at if history else 0.0,
     )
-    if known is None:
-        return failed(policy, seen, report.reason, now, at=report.changed_at) if has_failed(seen) else seen
+
+
+def _continued(known: Instance, seen: Instance, now: float) -> Instance:
+    """What its worker has now, with what only the manager knows of it: since when, and by which order."""
     still = (*_LYING_DOWN, seen.state)
     merged = replace(
         seen,
@@ -217,13 +234,7 @@ def _merge(
     if seen.state is InstanceState.STARTING and not seen.reason:
         # While it tries again, why it failed before.
         merged = replace(merged, reason=known.reason, permanent=known.permanent)
-    if not has_failed(seen):
-        stable = seen.state is InstanceState.ACTIVE and now - merged.active_since >= policy.backoff_max_s
-        return replace(merged, failures=0) if stable else merged
-    if report.changed_at <= known.failed_at:
-        # The failure that was answered with a new order already: the order is on its way, or waits for its time.
-        return replace(known, missing=0, ending=report.ending and has_failed(known))
-    return failed(policy, merged, report.reason, now, at=report.changed_at)
+    return merged
 
 
 def failed(policy: Policy, instance: Instance, reason: str, now: float, *, at: float | None = None) -> Instance:

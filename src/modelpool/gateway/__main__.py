@@ -78,7 +78,9 @@ async def serve(settings: Settings, home: Home, sock: socket.socket, tls: ssl.SS
             offering = tasks.create_task(keep_offering(sock))
             background += [offering, tasks.create_task(_retire(listener, retiring, offering, ending))]
             process.calm_collector()
-            process.announce(process.Ready(url_of(sock, gateway.scheme)))
+            url = url_of(sock, gateway.scheme)
+            log.info("listens at %s", url)
+            process.announce(process.Ready(url))
             await ending.wait()
             log.info("ending")
         for each in background:
