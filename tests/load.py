@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
 from collections import Counter
 from typing import Any, NamedTuple
@@ -12,31 +11,27 @@ from typing import Any, NamedTuple
 import httpx
 from openai import OpenAI, OpenAIError
 
+from tests.beside import Beside
 
-class Load:
+
+class Load(Beside):
     """One client's requests, streams and plain ones in turn, each after the one before, until it is left; what came of
     them.
     """
 
     def __init__(self, url: str, alias: str, key: str) -> None:
+        super().__init__()
         self.statuses: Counter[int | str] = Counter()
         self._http = httpx.Client(base_url=url, headers=_headers(key), trust_env=False, timeout=60)
         self._alias = alias
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
+        super().__exit__()
         self._http.close()
 
-    def _ask(self) -> None:
+    def run(self) -> None:
         for stream in itertools.cycle((True, False)):
-            if self._ending.wait(0.02):
+            if self.ending.wait(0.02):
                 break
             body = {"model": self._alias, "prompt": "x", "stream": stream}
             try:
@@ -54,28 +49,19 @@ class Asked(NamedTuple):
     outcome: int | str
 
 
-class ConstantLoad:
+class ConstantLoad(Beside):
     """So many requests a second to each of these gateways in turn, however long they take: plain ones and streams, by
     turns.
     """
 
     def __init__(self, urls: list[str], alias: str, key: str, per_second: float, **body: Any) -> None:
+        super().__init__()
         self.asked: list[Asked] = []
         self.streams = 0
         self._urls = urls
         self._key = key
         self._per_second = per_second
         self._body = {"model": alias, "prompt": "x", **body}
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-
-    def __enter__(self) -> ConstantLoad:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
 
     @property
     def slowest_s(self) -> float:
@@ -88,7 +74,10 @@ class ConstantLoad:
         """What came instead of an answer."""
         return Counter(each.outcome for each in self.failed())
 
-    async def _run(self) -> None:
+    def run(self) -> None:
+        asyncio.run(self._ask_all())
+
+    async def _ask_all(self) -> None:
         limits = httpx.Limits(max_connections=None)
         due = time.monotonic()
         async with (
@@ -96,7 +85,7 @@ class ConstantLoad:
             asyncio.TaskGroup() as asking,
         ):
             for stream, url in zip(self._turns(), itertools.cycle(self._urls), strict=False):
-                if self._ending.is_set():
+                if self.ending.is_set():
                     break
                 asking.create_task(self._ask(http, url, stream))
                 due += 1 / self._per_second
@@ -116,32 +105,26 @@ class ConstantLoad:
         self.asked.append(Asked(url, began, time.monotonic(), outcome))
 
 
-class SdkLoad:
+class SdkLoad(Beside):
     """Plain requests to one gateway by the `openai` SDK as it comes, each after the one before, until it is left. It
     asks again by itself (`retries`) where a connection is refused or breaks.
     """
 
     def __init__(self, url: str, alias: str, key: str, **body: Any) -> None:
+        super().__init__()
         self.requests = 0
         self.retries = 0
         self.slowest_s = 0.0
         self.failures: Counter[str] = Counter()
         self._client = OpenAI(base_url=f"{url}/v1", api_key=key)
         self._body = {"model": alias, "prompt": "x", **body}
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> SdkLoad:
-        self._thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
+        super().__exit__()
         self._client.close()
 
-    def _ask(self) -> None:
-        while not self._ending.is_set():
+    def run(self) -> None:
+        while not self.ending.is_set():
             began = time.monotonic()
             try:
                 answer = self._client.completions.with_raw_response.create(**self._body)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import psutil
 from modelpool import demo
 from modelpool.cluster.head import TAG
 from modelpool.home import Home
+from tests.beside import Beside
 from tests.e2e.pool import eventually
 from tests.load import ConstantLoad
 from tests.port_forward import Forward, inside
@@ -217,25 +217,16 @@ def _told(load: ConstantLoad) -> str:
     return f"{len(load.asked):,}, {failures.total()}{what}, {load.slowest_s:.1f} s"
 
 
-class Registrar:
+class Registrar(Beside):
     """Registers a model every two seconds, at one node after the other, until it is left. They fit nowhere."""
 
     def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
         self.acknowledged: set[str] = set()
         self.refused: Counter[int | str] = Counter()
         self._cluster = cluster
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._register)
 
-    def __enter__(self) -> Registrar:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
-
-    def _register(self) -> None:
+    def run(self) -> None:
         headers = self._cluster.pool.http.headers
         for url in itertools.cycle(self._cluster.urls):
             alias = f"kept-{secrets.token_hex(4)}"
@@ -249,5 +240,5 @@ class Registrar:
                     self.acknowledged.add(alias)
                 else:
                     self.refused[answer.status_code] += 1
-            if self._ending.wait(2):
+            if self.ending.wait(2):
                 break

@@ -105,7 +105,6 @@ async def test_snapshots_and_deltas_are_followed(tmp_path: Path) -> None:
         Delta(epoch="e1", sequence=1, changed=some("wrong")),
         Delta(epoch="e0", sequence=2, changed=some("wrong")),
         b"garbage",
-        b'{"type": "other"}',
     ],
 )
 @on_uvloop
@@ -121,6 +120,18 @@ async def test_a_gap_is_not_applied_and_asks_for_a_new_snapshot(tmp_path: Path, 
         assert listed == ["b"]
         manager.say(Delta(epoch="e1", sequence=8, changed=some("c")))
         await until_listed(world, "b", "c")
+
+
+@on_uvloop
+async def test_what_a_later_manager_says_besides_is_passed_over(tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    manager.first = snapshot_of(*some("a").values())
+    async with serving(manager, path=manager.path), gateway(home=tmp_path, follow=True) as world:
+        await until_listed(world, "a")
+        manager.first = b"garbage"
+        manager.say(b'{"type": "other"}')
+        manager.say(Delta(epoch="e1", sequence=2, changed=some("b")))
+        await until_listed(world, "a", "b")
 
 
 @on_uvloop

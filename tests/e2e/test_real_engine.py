@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from openai import APIStatusError
 
 from modelpool import demo
 from modelpool.testing.tiny_models import make_embedding_model, make_text_model
+from tests.beside import Beside
 from tests.e2e.pool import PoolProcess, eventually, running_pool
 
 SMALL = {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20}
@@ -146,26 +146,18 @@ def test_a_model_that_cannot_load_gives_its_real_reason(
         demo_pool.remove(alias)
 
 
-class Probes:
+class Probes(Beside):
     """Asks a worker for its health again and again: how long each answer took, and what was no good answer."""
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         self.times: list[float] = []
         self.failures: list[str] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(url,))
+        self._url = url
 
-    def __enter__(self) -> Probes:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _run(self, url: str) -> None:
-        with httpx.Client(base_url=url, timeout=5, trust_env=False) as http:
-            while not self._done.wait(0.05):
+    def run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=5, trust_env=False) as http:
+            while not self.ending.wait(0.05):
                 begin = time.monotonic()
                 try:
                     if (status := http.get("/health").status_code) != 200:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import pytest
 
 from modelpool.home import Home
 from modelpool.process import READY_FD, Ready
+from tests.beside import Beside
 from tests.e2e.conftest import FAKE_ONLY
 from tests.e2e.pool import PoolProcess, end, eventually, running_pool
 from tests.load import ConstantLoad
@@ -94,27 +94,21 @@ def another_node(pool: PoolProcess, folder: Path) -> Iterator[str]:
         home.drop_shared_memory()
 
 
-class Asking:
+class Asking(Beside):
     """Clients that ask a node for as long as they are let; `answers` by status."""
 
     def __init__(self, nodes: Nodes, url: str, secret: str, pause_s: float = 0.0) -> None:
+        super().__init__()
         self.answers: Counter[int] = Counter()
         self._http = nodes.client(url, secret)
         self._pause_s = pause_s
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Asking:
-        self._thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+        super().__exit__()
         self._http.close()
 
-    def _ask(self) -> None:
-        while not self._done.wait(self._pause_s):
+    def run(self) -> None:
+        while not self.ending.wait(self._pause_s):
             answer = self._http.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 1})
             self.answers[answer.status_code] += 1
 
@@ -224,27 +218,18 @@ def test_a_node_knows_what_the_other_has_in_flight(nodes: Nodes) -> None:
     pool.remove("wide")
 
 
-class Most:
+class Most(Beside):
     """The most requests that an instance has at once, as its worker says, until it is left."""
 
     def __init__(self, pool: PoolProcess, instance: str) -> None:
+        super().__init__()
         self.seen = 0
         self._pool = pool
         self._path = f"/instances/{instance}/status"
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look)
 
-    def __enter__(self) -> Most:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
+    def run(self) -> None:
         with self._pool.worker_http() as worker:
-            while not self._done.wait(0.02):
+            while not self.ending.wait(0.02):
                 self.seen = max(self.seen, worker.get(self._path).json()["inflight_requests"])
 
 
