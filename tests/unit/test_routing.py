@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from modelpool.core.routing.choice import Reason, least_loaded
 from modelpool.core.routing.nearest import LOOKED_AT_MAX, nearest
 from modelpool.errors import ManagerAway, ModelBusy, ModelNotFound, ModelNotReady, NoAvailableWorker
+from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.instances import Instance, Instances, Lease
+from modelpool.gateway.shared import joined
 from modelpool.gateway.table import Gap, Table
 from modelpool.messages.routing import Delta, ModelEntry, Route, Snapshot, Unavailable
 from modelpool.relay import Pools
@@ -127,6 +130,55 @@ def test_what_an_instance_has_in_flight_outlives_updates_that_leave_it_alone() -
         followed.apply(Delta(epoch="f", sequence=2, changed={"m": moved}))
         assert [each.inflight for each in followed.model("m").instances] == [0]
     assert before.inflight == 0
+
+
+def test_what_is_in_flight_counts_where_the_capacity_changes() -> None:
+    followed = table()
+    followed.apply(snapshot(entry("m", route("m", capacity=2))))
+    (before,) = followed.model("m").instances
+    with before.lease(), before.lease():
+        followed.apply(snapshot(entry("m", route("m", capacity=3))))
+        (instance,) = followed.model("m").instances
+        assert (instance, instance.inflight, instance.places, instance.capacity) == (before, 2, 1, 3)
+        followed.apply(snapshot(entry("m", route("m", capacity=1))))
+        assert (instance.places, instance.full_at, instance.route.capacity) == (0, 1, 1)
+        with pytest.raises(ModelBusy):
+            followed.model("m").choose()
+    assert (instance.inflight, instance.places) == (0, 1)
+
+
+def test_what_is_in_flight_counts_where_an_instance_is_routed_again(tmp_path: Path) -> None:
+    with joined(tmp_path) as node:
+        shared = SharedInflight(node)
+        followed = Table(Instances(Pools(connect_timeout_s=1), "token", shared))
+        followed.apply(snapshot(entry("m", route("m"))))
+        (before,) = followed.model("m").instances
+        with before.lease():
+            followed.apply(snapshot(entry("m")))
+            followed.apply(snapshot(entry("m", route("m"))))
+            (again,) = followed.model("m").instances
+            assert (again, again.own, again.places) == (before, 1, 1)
+            followed.apply(snapshot(entry("m")))
+        followed.apply(snapshot(entry("m", route("m")), entry("n", route("n"))))
+        (new,) = followed.model("m").instances
+        (other,) = followed.model("n").instances
+        with new.lease():
+            other.count_all()
+            assert (new is before, new.own, new.places, other.inflight) == (False, 1, 1, 0)
+
+
+def test_an_instance_that_has_left_is_suspected_no_more() -> None:
+    instances = Instances(Pools(connect_timeout_s=1), "token")
+    followed = Table(instances)
+    followed.apply(snapshot(entry("m", route("m"))))
+    (instance,) = followed.model("m").instances
+    leases = [instance.lease().__enter__() for _ in range(10)]
+    followed.apply(snapshot(entry("m")))
+    for lease in leases:
+        lease.worked = False
+        lease.__exit__(None, None, None)
+    assert not instance.breaker.closed
+    assert instances.suspects == set()
 
 
 @pytest.mark.parametrize(

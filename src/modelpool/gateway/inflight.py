@@ -23,12 +23,12 @@ class SharedInflight:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        memory = memoryview(node.map("inflight", ROWS * (8 + 8 + 4 * SLOTS)))
+        memory = memoryview(node.map("inflight", ROWS * (8 + 8 + 4 * SLOTS), whole=True))
         self._names = memory[: ROWS * 8].cast("Q")
         self._users = memory[ROWS * 8 : ROWS * 16].cast("Q")
         """One bit for each slot."""
         self._counts = memory[ROWS * 16 :].cast("i")
-        self._wanting = memoryview(node.map("wanting", ROWS * 8)).cast("Q")
+        self._wanting = memoryview(node.map("wanting", ROWS * 8, whole=True)).cast("Q")
         """One bit for each slot: requests of that process wait for the instance."""
         node.keep_clear(self._clear)
 

@@ -45,9 +45,7 @@ class Instance:
     )
 
     def __init__(self, route: Route, pool: Pool, token: str, suspects: set[Instance], row: Row | None) -> None:
-        self.route = route
         self.name = route.instance
-        self.capacity = max(1, route.capacity)
         self.pool = pool
         self.prefix = route.prefix.encode()
         self.fixed = fixed_headers(pool.endpoint, token)
@@ -59,10 +57,7 @@ class Instance:
         """Requests of all gateway processes on this node, as of the last `count_all`, and `elsewhere`."""
         self.elsewhere = 0
         """Requests of other nodes, as they last said."""
-        self.limit = self.capacity
-        """So many this node may have there: of its capacity, what is not for other nodes."""
-        self.full_at = self.limit
-        """It takes no more of this process while that many are in flight."""
+        self.route_by(route)
         self.freed: Callable[[Instance], None] | None = None
         """Called when one of ours has ended, while requests wait for that."""
         self.breaker = CLOSED
@@ -70,14 +65,24 @@ class Instance:
         self._suspects = suspects
         self._row = row
 
+    def route_by(self, route: Route) -> None:
+        """It may have another capacity than before. Other nodes are not thought of."""
+        self.route = route
+        self.capacity = max(1, route.capacity)
+        self.limit = self.capacity
+        """So many this node may have there: of its capacity, what is not for other nodes."""
+        self.full_at = self.limit + self.elsewhere
+        """It takes no more of this process while that many are in flight."""
+
     def lease(self) -> Lease:
         return Lease(self)
 
     def count_all(self) -> None:
         """Look at what other processes of this node have there, and want to."""
         if (row := self._row) is not None:
-            self.inflight = row.total + self.elsewhere
-            self.full_at = self.inflight + self.places
+            others = row.others(self.own)
+            self.inflight = self.own + others.inflight + self.elsewhere
+            self.full_at = self.inflight + places(self.limit, self.own, others)
 
     @property
     def places(self) -> int:
@@ -121,6 +126,12 @@ class Instance:
         self._suspects.discard(self)
         self.add(0)
 
+    def come_back(self, pool: Pool) -> None:
+        """It is routed again, while requests of before still run there."""
+        self.pool = pool
+        self.gone = False
+        self.breaker = CLOSED
+
     def judge(self, worked: bool | None) -> None:
         """A request to it ended: it worked, or the instance failed, or that was not to be seen."""
         if worked:
@@ -130,7 +141,7 @@ class Instance:
             self.breaker = self.breaker.gave_up()
         else:
             self.breaker = breaker = self.breaker.failed(time.monotonic())
-            if not breaker.closed:
+            if not breaker.closed and not self.gone:
                 self._suspects.add(self)
                 log.warning("%s failed %s times, left alone for %g s", self.name, breaker.failures, breaker.pause_s)
 
@@ -170,13 +181,16 @@ class Lease:
 
 
 class Instances:
-    """Every routed instance once, so that its count outlives a change of the snapshot that leaves it alone."""
+    """Every instance once for as long as it is routed or requests of ours run there, so that none is counted twice."""
 
     def __init__(self, pools: Pools, token: str, shared: SharedInflight | None = None) -> None:
         self._pools = pools
         self._token = token
         self._shared = shared
-        self._by_route: dict[Route, Instance] = {}
+        self._routed: dict[tuple[str, ...], Instance] = {}
+        """By its place."""
+        self._leaving: dict[tuple[str, ...], Instance] = {}
+        """Routed no more, with requests of ours."""
         self._others: Others | None = None
         self.suspects: set[Instance] = set()
         """Those whose breaker is not closed. Mostly empty, which is all that a request needs to know."""
@@ -189,38 +203,49 @@ class Instances:
     @property
     def inflight(self) -> int:
         """Requests of this process in flight to what is routed now."""
-        return sum(instance.own for instance in self._by_route.values())
+        return sum(instance.own for instance in self._routed.values())
 
     def breakers(self, now: float) -> dict[str, int]:
         """By instance, the state of its breaker: 0 closed, 1 open, 2 half open."""
         states = {}
-        for instance in self._by_route.values():
+        for instance in self._routed.values():
             breaker = instance.breaker
             states[instance.name] = 0 if breaker.closed else 2 if breaker.trying or now >= breaker.until else 1
         return states
 
     def of(self, route: Route) -> Instance:
-        instance = self._by_route.get(route)
+        instance = self._routed.get(route.place)
         if instance is None:
-            pool = self._pools.pool(Endpoint(route.host, route.port))
-            row = self._shared.take(f"{route.worker_id}/{route.instance}/{route.port}") if self._shared else None
-            instance = self._by_route[route] = Instance(route, pool, self._token, self.suspects, row)
-            self._tell(instance)
+            instance = self._routed[route.place] = self._come(route)
+        elif instance.route == route:
+            return instance
+        instance.route_by(route)
+        self._tell(instance)
         return instance
+
+    def _come(self, route: Route) -> Instance:
+        pool = self._pools.pool(Endpoint(route.host, route.port))
+        instance = self._leaving.pop(route.place, None)
+        if instance is not None and instance.own:
+            instance.come_back(pool)
+            return instance
+        row = self._shared.take(f"{route.worker_id}/{route.instance}/{route.port}") if self._shared else None
+        return Instance(route, pool, self._token, self.suspects, row)
 
     def hear(self, others: Others) -> bool:
         """What other nodes have in flight at each instance, and leave to this one; whether that is less than before."""
         self._others = others
-        before = [instance.limit for instance in self._by_route.values()]
-        for instance in self._by_route.values():
+        before = [instance.limit for instance in self._routed.values()]
+        for instance in self._routed.values():
             self._tell(instance)
-        return any(instance.limit < limit for instance, limit in zip(self._by_route.values(), before, strict=True))
+        return any(instance.limit < limit for instance, limit in zip(self._routed.values(), before, strict=True))
 
     def _tell(self, instance: Instance) -> None:
         if (others := self._others) is not None:
             limit = instance.capacity
             if others.nodes > 1:
-                limit = others.instances.get(instance.name, first_part(limit, others.nodes)) + BEYOND_PART
+                part = others.instances.get(instance.name, first_part(limit, others.nodes))
+                limit = min(limit, part) + BEYOND_PART
             instance.hear(others.inflight.get(instance.name, 0), limit)
 
     def keep_only(self, routes: set[Route]) -> None:
@@ -228,6 +253,9 @@ class Instances:
 
         Requests that they still run go on; their leases end with them.
         """
-        for route in self._by_route.keys() - routes:
-            self._by_route.pop(route).leave()
+        for place in self._routed.keys() - {route.place for route in routes}:
+            instance = self._routed.pop(place)
+            instance.leave()
+            self._leaving[place] = instance
+        self._leaving = {place: instance for place, instance in self._leaving.items() if instance.own}
         self._pools.keep_only({Endpoint(route.host, route.port) for route in routes})

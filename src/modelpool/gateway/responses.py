@@ -74,7 +74,7 @@ class Responses:
         shown = response_id if len(response_id) <= 100 else response_id[:99] + "…"
         if route := self._stored.route(response_id):
             for instance in instances:
-                if instance.route == route:
+                if instance.route.place == route.place:
                     return instance
             raise ResponseNotFound(
                 f"The response `{shown}` was made by the instance {route.instance}, which is gone, or does not serve "

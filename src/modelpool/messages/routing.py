@@ -28,6 +28,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     prefix: str = ""
     capacity: int = 1
 
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What does not change while the instance runs."""
+        return (self.worker_id, self.instance, self.host, str(self.port), self.prefix)
+
 
 class Unavailable(msgspec.Struct, frozen=True, kw_only=True):
     """What to answer while a model has no route: status 503, this code and message. `retry_after` in seconds.
