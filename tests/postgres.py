@@ -24,7 +24,13 @@ _PATIENCE_S = 60.0
 _NOBODY = 65534
 _ROOM_BYTES = 1 << 30
 _FAST = ("fsync=off", "full_page_writes=off")
-_SMALL = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "shared_buffers=16MB", "max_connections=40")
+_SMALL = (
+    "listen_addresses=127.0.0.1",
+    "unix_socket_directories=",
+    "shared_buffers=16MB",
+    "max_connections=40",
+    "dynamic_shared_memory_type=mmap",  # in its folder: a server that ends at once leaves it behind
+)
 
 
 class Postgres:
