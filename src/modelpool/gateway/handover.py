@@ -15,6 +15,8 @@ import struct
 log = logging.getLogger(__name__)
 
 _DEADLINE_S = 5.0
+_PAUSE_S = 0.1
+"""Until the next one is taken where that just failed, as while there are no descriptors."""
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -30,10 +32,23 @@ async def keep_offering(sock: socket.socket) -> None:
         offer.listen()
         offer.setblocking(False)
         while True:
-            asking, _ = await loop.sock_accept(offer)
-            with asking:
-                if _user(asking) == os.getuid():
-                    socket.send_fds(asking, [b"\0"], [sock.fileno()])
+            try:
+                asking, _ = await loop.sock_accept(offer)
+            except OSError as error:
+                log.warning("a successor that asks for the socket cannot be heard: %s", error)
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                _give(sock, asking)
+
+
+def _give(sock: socket.socket, asking: socket.socket) -> None:
+    """Whatever becomes of a successor is no harm to whom it succeeds."""
+    with asking:
+        try:
+            if _user(asking) == os.getuid():
+                socket.send_fds(asking, [b"\0"], [sock.fileno()])
+        except OSError as error:
+            log.warning("a successor asked for the socket and did not take it: %s", error)
 
 
 def taken_over(pid: int) -> socket.socket | None:
