@@ -24,7 +24,7 @@ from modelpool.manager.store import Deposed, Holder, Rewound, Store, StoreError,
 from modelpool.messages.dump import Dump, StoredModel
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
-from modelpool.messages.workers import InstanceReport, RegisterWorker, WorkerInfo
+from modelpool.messages.workers import InstanceReport, RegisterWorker, WorkerDescription, WorkerInfo
 from tests import reports
 from tests.postgres import Postgres, running_postgres
 from tests.stores import ME, held
@@ -380,6 +380,8 @@ def test_workers_and_gateways_of_another_cluster_are_left_alone(store_url: str) 
     ("field", "value"),
     [
         ("info.url", "http://127.0.0.1:1/\0"),
+        ("info.url", "http://127.0.0.1:70000"),
+        ("info.url", "http://[::1"),
         ("info.worker_id", "w\0"),
         ("info.worker_id", ""),
         ("epoch", f"x.{10**19}"),
@@ -432,6 +434,29 @@ def test_a_new_manager_takes_a_silent_worker_to_run_what_it_ran_and_a_dead_one_n
         async with running_world(store_url, recovery_s=1.0) as world:
             await world.until(world.recovered)
             assert await active(world, "m") == []
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:70000", "http://jump:${PORT}", "http://xn--a"])
+def test_a_worker_that_was_written_down_where_nobody_can_be_keeps_no_manager_from_its_work(
+    tmp_path: Path, url: str
+) -> None:
+    """As by a manager that did not look."""
+
+    async def story() -> None:
+        store_url = f"sqlite:///{tmp_path}/s.db"
+        info = WorkerInfo(worker_id="w", incarnation="1", url=url, direct=False)
+        async with running_world(store_url) as world:
+            await world.register("m")
+            await world.store.remember_worker("w", url)
+            await world.store.keep_last_known(
+                [WorkerDescription(info=info, devices=(), engines={}, instances=(reports.active("m"),))]
+            )
+        async with running_world(store_url, recovery_s=0.5) as world:
+            await world.until(world.recovered)
+            assert await active(world, "m") == []
+            assert (await world.http.get("/workers")).json() == {"workers": []}
 
     asyncio.run(story())
 

@@ -235,7 +235,14 @@ def test_one_worker_of_a_name_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("WORKER_PORT_RANGE", "9-1"), ("MODELPOOL_FAKE_DEVICES", "many"), ("PUBLIC_URL", "here"), ("WORKER_PORT", "x")],
+    [
+        ("WORKER_PORT_RANGE", "9-1"),
+        ("MODELPOOL_FAKE_DEVICES", "many"),
+        ("PUBLIC_URL", "here"),
+        ("PUBLIC_URL", "http://jump:${PORT}"),
+        ("PUBLIC_URL", "http://10.0.0.1:70000"),
+        ("WORKER_PORT", "x"),
+    ],
 )
 def test_settings_of_no_use_are_named(tmp_path: Path, variable: str, value: str) -> None:
     with launched(tmp_path, **{variable: value}) as (process, announcement):

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from modelpool.errors import PoolError
+from modelpool.errors import InternalError, PoolError
 from modelpool.messages.cluster import ABANDONED_S, POLL_S, Answer, End, Item, Nothing, Refusal
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ class Stream:
             await self._items.put(End())
         except PoolError as error:
             await self._items.put(refusal(error))
+        except Exception:
+            log.exception("a stream failed")
+            await self._items.put(refusal(InternalError("Something went wrong here; the manager's log says what.")))
 
     async def next(self) -> Item:
         """The next item; Nothing where there is none for POLL_S."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
 import httpx
@@ -15,13 +16,14 @@ from modelpool.messages.workers import (
     StartOrder,
     WorkerDescription,
 )
+from modelpool.worker_url import is_worker_url
 
 _ORDER_DEADLINE_S = 10.0
 _WATCH_SILENCE_S = 15.0
 
 
 class WorkerUnreachable(Exception):
-    """The order may or may not have arrived. `refused`: nothing listens there, so its process has ended."""
+    """The order may or may not have arrived. `refused`: nothing listens there, or can, so its process has ended."""
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
@@ -87,52 +89,54 @@ class WorkerClient:
         await self._post(f"{url}/instances/{quote(instance)}/wake", b"")
 
     async def _post(self, url: str, body: bytes, accept: tuple[int, ...] = ()) -> bytes:
-        try:
+        with _reaching(url):
             response = await self._http.post(url, content=body, headers={"Content-Type": "application/json"})
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from error
         if response.is_success or response.status_code in accept:
             return response.content
         raise OrderFailed(_message(response), permanent=response.status_code == 422)
 
     async def describe(self, url: str) -> WorkerDescription:
         """What it is and runs. Raises WorkerUnreachable, also where no worker answers."""
-        try:
+        with _reaching(url):
             response = await self._http.get(f"{url}/info")
+        try:
             return msgspec.json.decode(response.content, type=WorkerDescription)
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from error
         except msgspec.DecodeError as error:
             raise WorkerUnreachable(_message(response)) from error
 
     async def watch(self, url: str) -> None:
         """Return when the worker closes the connection. Raises WorkerUnreachable when it cannot be made or hangs."""
         timeout = httpx.Timeout(_ORDER_DEADLINE_S, read=_WATCH_SILENCE_S)
-        try:
+        with _reaching(url), suppress(httpx.RemoteProtocolError):
             async with self._http.stream("GET", f"{url}/watch", timeout=timeout) as response:
                 if not response.is_success:
                     raise WorkerUnreachable(f"GET /watch answered {response.status_code}")
                 async for _ in response.aiter_raw():
                     pass
-        except httpx.RemoteProtocolError:
-            return
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from error
 
     async def logs(self, url: str, instance: str, *, tail: int, follow: bool) -> AsyncGenerator[bytes, None]:
         """The log of an instance, as it comes. Raises OrderFailed, WorkerUnreachable."""
         params = {"tail": str(tail), "follow": "1" if follow else "0"}
         timeout = httpx.Timeout(_ORDER_DEADLINE_S, read=None if follow else _ORDER_DEADLINE_S)
         path = f"{url}/instances/{quote(instance)}/logs"
-        try:
+        with _reaching(url):
             async with self._http.stream("GET", path, params=params, timeout=timeout) as response:
                 if not response.is_success:
                     await response.aread()
                     raise OrderFailed(_message(response))
                 async for chunk in response.aiter_raw():
                     yield chunk
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from error
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """What stands between us and a worker becomes WorkerUnreachable."""
+    if not is_worker_url(url):
+        raise WorkerUnreachable(f"no worker can be at {url!r}", refused=True)
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # with its path a URL may be too long
+        raise _unreachable(error) from error
 
 
 def _message(response: httpx.Response) -> str:
@@ -143,7 +147,7 @@ def _message(response: httpx.Response) -> str:
     return text or f"the worker answered with status {response.status_code}"
 
 
-def _unreachable(error: httpx.HTTPError) -> WorkerUnreachable:
+def _unreachable(error: Exception) -> WorkerUnreachable:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConnectionRefusedError):
         cause = cause.__cause__ or cause.__context__

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from modelpool.core import events
 from modelpool.errors import Conflict, InvalidBody, WorkerNotFound
@@ -22,6 +21,7 @@ from modelpool.manager.worker_client import WorkerClient, WorkerUnreachable
 from modelpool.manager.writing import Writing
 from modelpool.messages.admin import WorkerView
 from modelpool.messages.workers import Heartbeat, RegisterWorker, WorkerDescription, WorkerInfo
+from modelpool.worker_url import is_worker_url
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ class Workers:
                 if worker_id in self._state.pool.draining and worker_id not in facts:
                     self._miss(WorkerInfo(worker_id=worker_id, incarnation="", url=url))
                 return
-        if found is not None and found.info.worker_id == worker_id and worker_id not in facts:
+        if found is None or found.info.worker_id != worker_id or not is_worker_url(found.info.url):
+            return
+        if worker_id not in facts:
             log.info("worker %s runs on at %s with %d instances", worker_id, url, len(found.instances))
             self._heard(found.info, found)
             self._watches.begin(found.info)
@@ -195,8 +197,7 @@ class Workers:
 
 def _check_info(info: WorkerInfo) -> None:
     """A store may refuse what a JSON text may have in it."""
-    parts = urlsplit(info.url)
-    if parts.scheme != "http" or not parts.hostname or not info.url.isprintable():
+    if not is_worker_url(info.url):
         raise InvalidBody(f"`info.url`: must be an http:// URL with a host, got {info.url!r}.", param="info.url")
     if not info.worker_id or not info.worker_id.isprintable():
         raise InvalidBody(f"`info.worker_id`: must be a name, got {info.worker_id!r}.", param="info.worker_id")

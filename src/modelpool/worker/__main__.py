@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import uvloop
 from msgspec import structs
@@ -39,6 +39,7 @@ from modelpool.worker.proxy import running_proxy
 from modelpool.worker.registration import Registration
 from modelpool.worker.service import worker_app
 from modelpool.worker.supervisor import Supervisor, running_supervisor
+from modelpool.worker_url import is_worker_url
 
 log = logging.getLogger(__name__)
 
@@ -190,10 +191,9 @@ async def _run(
 def worker_info(settings: Settings, port: int) -> WorkerInfo:
     """Who this worker is; `port` is the one it listens on. Raises StartupError for a public URL of no use."""
     worker = settings.worker
-    public = urlsplit(worker.public_url)
-    if worker.public_url and (public.scheme != "http" or not public.hostname):
+    if worker.public_url and not is_worker_url(worker.public_url):
         raise process.StartupError(
-            f"The public URL {worker.public_url!r} cannot be used.", "Set PUBLIC_URL to http://…"
+            f"The public URL {worker.public_url!r} cannot be used.", "Set PUBLIC_URL to http://host:port."
         )
     return WorkerInfo(
         worker_id=settings.worker_id,
