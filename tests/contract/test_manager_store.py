@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from msgspec.structs import replace
 
 from modelpool.core import changes
 from modelpool.core.pool import Policy
+from modelpool.errors import Conflict
 from modelpool.manager.api import control_app
 from modelpool.manager.manager import Manager, running_manager
 from modelpool.manager.store import Deposed, Holder, Rewound, Store, StoreError, open_store
-from modelpool.messages.dump import Dump, StoredModel
+from modelpool.messages.dump import Dump, StoredKey, StoredModel
+from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
 from modelpool.messages.workers import InstanceReport, RegisterWorker, WorkerDescription, WorkerInfo
 from tests import reports
 from tests.postgres import Postgres, running_postgres
-from tests.stores import ME, held
+from tests.stores import ME, answers_lost, held
 
 PATIENCE_S = 60.0
 
@@ -178,22 +180,6 @@ def _has(read: Callable[[], Awaitable[object]], value: object) -> Callable[[], A
     return there
 
 
-@contextmanager
-def answers_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the calling task asks of the store is done, and the answer is lost."""
-    within, here = store._within, asyncio.current_task()
-
-    async def lose(work: Awaitable[Any]) -> Any:
-        done = await within(work)
-        if asyncio.current_task() is here:
-            raise StoreError("The connection broke after the commit.")
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_within", lose)
-        yield
-
-
 def test_a_change_whose_outcome_nobody_heard_is_looked_up(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         async with running_world(store_url) as world:
@@ -299,6 +285,53 @@ def test_a_pool_that_was_restored_tells_the_gateways_of_no_model_before_its_work
                         if isinstance(update, Snapshot):
                             assert [each.instance for each in update.models["m"].routes] == ["m"]
                             break
+
+    asyncio.run(story())
+
+
+def test_while_a_restored_pool_is_not_known_yet_its_gateways_are_refused_as_they_were_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with running_world(f"sqlite:///{tmp_path}/s.db") as world:
+            await world.until(world.recovered)
+            models, reading, readable = world.store.models, asyncio.Event(), asyncio.Event()
+
+            async def slowly() -> list[StoredModel]:
+                reading.set()
+                await readable.wait()
+                return await models()
+
+            async def first_update() -> object:
+                """As a gateway of the dumped pool asks for it, until it is not refused."""
+                while True:
+                    with suppress(Conflict):
+                        return await anext(world.manager.snapshots("g", "dumped.57"))
+                    await asyncio.sleep(0.02)
+
+            monkeypatch.setattr(world.store, "models", slowly)
+            everything = world.manager.snapshots()
+            assert isinstance(await anext(everything), Keys)
+            assert await anext(everything) == Snapshot(epoch=world.store.epoch, sequence=1, models={})
+            key = StoredKey(id="k", digest="d", spec=KeySpec(name="k"), created=1)
+            stored = StoredModel(ModelSpec(alias="m", fake=True), 1)
+            dump = Dump(cluster="dumped", models=(stored,), keys=(key,))
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+                loading = tasks.create_task(world.manager.load(dump, restore=True))
+                await reading.wait()
+                assert (await world.manager.status()).recovering
+                gateway = tasks.create_task(first_update())
+                await asyncio.sleep(0.1)
+                readable.set()
+                await loading
+                update = await gateway
+            assert isinstance(update, Keys)
+            assert (update.epoch, update.required, [each.id for each in update.keys]) == ("dumped.58", True, ["k"])
+            async with asyncio.timeout(PATIENCE_S):
+                async for update in everything:
+                    if isinstance(update, Snapshot):
+                        assert list(update.models) == ["m"]
+                        break
 
     asyncio.run(story())
 

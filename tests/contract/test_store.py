@@ -20,7 +20,7 @@ from modelpool.manager.store import Deposed, Holder, StoreError, StoreInUse, ope
 from modelpool.messages.dump import StoredKey
 from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
-from tests.stores import ME, OTHER, held
+from tests.stores import ME, OTHER, answers_lost, held
 
 OLD = Path(__file__).parent / "stores"
 
@@ -323,6 +323,24 @@ def test_who_is_alone_holds_a_store_that_cannot_be_written_to_and_says_so_later(
         async with held(url) as after:
             assert number_of(after.epoch) == number_of(store.epoch) + 1
             assert [each.spec.alias for each in await after.models()] == ["a", "b"]
+
+    asyncio.run(story())
+
+
+def test_who_has_said_so_at_last_and_did_not_hear_that_it_was_written_is_still_the_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        url = file(tmp_path / "s.db")
+        async with open_store(url) as store:
+            with full_disk():
+                await store.take_over(replace(ME, alone=True))
+            epoch = store.epoch
+            with answers_lost(store, monkeypatch), pytest.raises(StoreError, match="broke after the commit"):
+                await store.add_model(spec("a"), 1)
+            await store.add_model(spec("b"), 2)
+            assert store.epoch == epoch
+            assert [each.spec.alias for each in await store.models()] == ["a", "b"]
 
     asyncio.run(story())
 

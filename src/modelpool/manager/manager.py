@@ -226,10 +226,10 @@ class Manager:
         """
         if number_of(epoch) > _EPOCH_MAX:
             raise InvalidBody(f"`epoch`: no manager of this cluster ever had {epoch!r}.", param="epoch")
-        if is_foreign(epoch, self._store.epoch):
+        if is_foreign(epoch, self._cluster):
             raise Conflict(
                 f"What is there belongs to the cluster `{cluster_of(epoch)}`; the store of this manager is that of "
-                f"`{cluster_of(self._store.epoch)}`. Give the manager its own store back (MODELPOOL_STORE_URL).",
+                f"`{self._cluster}`. Give the manager its own store back (MODELPOOL_STORE_URL).",
                 code="other_cluster",
             )
         async with self._writing:
@@ -242,21 +242,24 @@ class Manager:
                 self._followers.tell_all()
 
     async def _reread(self) -> None:
-        """Know what the store knows, after a write of which nobody knows whether it was done. Raises StoreError."""
+        """Know what the store knows, after a write of which nobody knows whether it was done. Raises StoreError.
+
+        Where that is another pool, its workers and gateways are refused until it is known, as they were before.
+        """
+        if cluster_of(self._store.epoch) != self._cluster:
+            self._begin_anew()
         async with self._writing:
             await self._workers.reread()
             await self._models.reread()
         await self._keys.reread()
-        if cluster_of(self._store.epoch) != self._cluster:
-            self._become()
+        self._cluster = cluster_of(self._store.epoch)
         self._followers.tell_of_epoch()
         self._state.changed.set()
 
-    def _become(self) -> None:
+    def _begin_anew(self) -> None:
         """The pool is another: that whose workers this manager refused until now. They come back, and run what they
         ran; until then it knows half the truth.
         """
-        self._cluster = cluster_of(self._store.epoch)
         until = max(self._state.pool.recover_until, now() + _REFUSED_BACK_S)
         self._state.pool = replace(self._state.pool, anyone_awaited=True, recover_until=until)
         self._recovered.clear()

@@ -357,11 +357,12 @@ class Store:
 
         What the store has as its epoch is known after that, also where a change of it was in doubt.
         """
-        row, written, values = tables.cluster.c, self._number, {}
+        row, written, values, in_doubt = tables.cluster.c, self._number, {}, [*self._went_to]
         if (new := self._unwritten) is not None:
             written, values = self._number - 1, {"epoch": self._number, "holder": new.id, "held_by": new.name}
-        went = sa.and_(row.epoch.in_(self._went_to), row.holder == self._holder)
-        mine = sa.update(tables.cluster).where(sa.or_(row.epoch == written, went))
+            in_doubt.append(self._number)
+        there = [row.epoch == written, *(sa.and_(row.epoch == each, row.holder == self._holder) for each in in_doubt)]
+        mine = sa.update(tables.cluster).where(sa.or_(*there))
         renewed = mine.values(**values, lease_until=_clock() + self._lease_s).returning(row.cluster, row.epoch)
         held = (await connection.execute(renewed)).first()
         if held is None:
