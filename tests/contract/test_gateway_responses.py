@@ -14,8 +14,9 @@ import pytest
 
 from modelpool.engines.fake.engine import FakeEngine
 from modelpool.engines.server import Server
+from modelpool.gateway.hold import Rules
 from modelpool.messages.models import ModelSpec
-from modelpool.messages.routing import Delta
+from modelpool.messages.routing import Delta, ModelEntry, Unavailable
 from modelpool.relay import Endpoint
 from modelpool.tcp import bind_tcp
 from tests.contract.test_gateway_passing import EVENT_STREAM, Upstream, nobody
@@ -111,6 +112,34 @@ async def test_when_its_instance_is_gone_a_response_is_not_found_and_the_answer_
                     assert (answer.code, answer.json["error"]["param"]) == ("response_not_found", param)
                     assert "m-r2, which is gone" in answer.message
         assert sorted(statuses) == [200, 200, 404, 404]
+
+
+@pytest.mark.parametrize("remembered", [0, 100])
+@on_uvloop
+async def test_what_goes_on_from_a_response_of_a_model_that_sleeps_waits_for_it(remembered: int) -> None:
+    asleep = ModelEntry(
+        alias="m",
+        created=1,
+        unavailable=Unavailable(code="model_not_ready", message="`m` sleeps.", retry_after=7.0, on_its_way=True),
+    )
+    rules = Rules(max_ongoing=10, max_wait_s=20.0)
+    async with fakes(2) as endpoints, gateway(entry("m", endpoints), remembered=remembered, rules=rules) as world:
+        ids = await made(world, 2)
+        world.table.apply(snapshot_of(asleep, sequence=2))
+        clients = [await world.connect() for _ in ids]
+        for client, response_id in zip(clients, ids, strict=True):
+            client.send(create(previous_response_id=response_id))
+        while world.room.waiting_for("m") != 2:
+            await asyncio.sleep(0.001)
+        assert world.room.wanted.is_set()  # so that its wake is ordered
+        refused = await world.ask(create(previous_response_id=ids[0], model="n"))
+        assert (refused.status, refused.code) == (404, "model_not_found")
+        world.table.apply(snapshot_of(entry("m", endpoints), sequence=3))
+        for client in clients:
+            answer = await client.answer()
+            assert answer.status == 200
+            assert answer.json["usage"]["input_tokens"] > 4
+        await world.until_idle()
 
 
 @on_uvloop

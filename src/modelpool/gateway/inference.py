@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import msgspec
 
@@ -27,7 +29,6 @@ from modelpool.gateway.routes import Kind, Route
 from modelpool.gateway.stay import Stay, placed_beside
 from modelpool.gateway.stored import LearningPassThrough, StoredResponses
 from modelpool.gateway.table import Table
-from modelpool.messages.models import alias_of
 from modelpool.relay import Deadlines, encode_request
 
 log = logging.getLogger(__name__)
@@ -114,19 +115,23 @@ class Inference:
                     log.info("%s did not take a request (%s), trying another instance", instance.name, error)
             tried.append(instance)
 
-    async def serve_at(self, instance: Instance, request: Request, route: Route, client: ClientConnection) -> None:
-        """To this instance and no other."""
-        alias = alias_of(instance.name)
+    @asynccontextmanager
+    async def beside(self, alias: str, request: Request, route: Route, client: ClientConnection) -> AsyncIterator[None]:
+        """Let in, for what goes to one instance and no other: the model has instances then. Raises PoolError."""
         request.journey.asked(alias)
         with self._limiter.admitted(request, route):
             async with placed_beside(self._room, alias, request, client):
-                request.journey.chose(instance, Reason.STORED, (instance,))
-                with instance.lease() as lease:
-                    try:
-                        lease.worked = await self._send(request, route, instance, client) < 500
-                    except EngineError:
-                        lease.worked = False
-                        raise
+                yield
+
+    async def serve_at(self, instance: Instance, request: Request, route: Route, client: ClientConnection) -> None:
+        """To this instance and no other, by one that is `beside`."""
+        request.journey.chose(instance, Reason.STORED, (instance,))
+        with instance.lease() as lease:
+            try:
+                lease.worked = await self._send(request, route, instance, client) < 500
+            except EngineError:
+                lease.worked = False
+                raise
 
     async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> int:
         """To this instance; once more on a new connection if the pooled one turns out to have been closed.

@@ -22,6 +22,7 @@ from modelpool.gateway.request import Request
 from modelpool.gateway.routes import RESPONSE_ID, Kind, Route
 from modelpool.gateway.stored import StoredResponses
 from modelpool.gateway.table import Table
+from modelpool.messages.models import alias_of
 from modelpool.relay import encode_request, fetch
 
 ASK_S = 3.0
@@ -52,7 +53,8 @@ class Responses:
             response_id = route.path.split(b"/")[3].decode()
             instances = self._table.instances(request.caller.models if request.caller else ())
             holder = await self._holder(response_id, instances, "response_id")
-            await self._inference.serve_at(holder, request, route, client)
+            async with self._inference.beside(alias_of(holder.name), request, route, client):
+                await self._inference.serve_at(holder, request, route, client)
         else:
             await self._create(request, route, client)
 
@@ -65,9 +67,10 @@ class Responses:
             return
         if request.caller is not None:
             request.caller.check(asked.model)
-        instances = self._table.model(asked.model).awake()
-        holder = await self._holder(asked.previous_response_id, instances, "previous_response_id")
-        await self._inference.serve_at(holder, request, route, client)
+        async with self._inference.beside(asked.model, request, route, client):
+            instances = self._table.model(asked.model).awake()
+            holder = await self._holder(asked.previous_response_id, instances, "previous_response_id")
+            await self._inference.serve_at(holder, request, route, client)
 
     async def _holder(self, response_id: str, instances: Collection[Instance], param: str) -> Instance:
         """The one of these that made a response. Raises ResponseNotFound, or ModelNotReady if one did not say."""
