@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from modelpool.gateway import full_models
 from modelpool.home import Home
-from modelpool.messages.routing import Others
+from modelpool.messages.routing import KeysDelta, Others
 from modelpool.relay import Endpoint
 from tests.contract.test_gateway_control import Manager
 from tests.contract.test_gateway_process import Gateway, started
 from tests.contract.test_gateway_realtime import UPDATE, hear, say, talking
-from tests.contract.test_gateway_responses import fakes
+from tests.contract.test_gateway_responses import create, fakes
 from tests.contract.test_gateway_waiting import COMMENT, Times, away, rules, until_waiting
 from tests.gateway_world import Client, World, chat, entry, gateway, key, snapshot_of
 from tests.wire import on_uvloop, read_message, response, serving
@@ -133,6 +134,50 @@ async def test_keys_have_their_turns_at_what_is_full() -> None:
                 if number == 5:
                     assert engine.by_user == {"a": 3, "b": 2}
             assert [(await client.answer()).status for client in clients] == [200] * 7
+
+
+@on_uvloop
+async def test_the_place_of_one_whose_key_was_revoked_is_for_the_next_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_models, "_LOOK_S", 60.0)
+    engine, keys = Engine(), [key("mp-a", id="a"), key("mp-b", id="b")]
+    async with serving(engine) as endpoint:
+        async with gateway(entry("m", [endpoint], capacity=1), keys=keys, rules=rules()) as world:
+            (holding,) = await asked(world, 1, headers={"Authorization": "Bearer mp-b"})
+            await engine.until(1)
+            (revoked,) = await asked(world, 1, headers={"Authorization": "Bearer mp-a"})
+            await until_waiting(world, 1)
+            (following,) = await asked(world, 1, headers={"Authorization": "Bearer mp-b"})
+            await until_waiting(world, 2)
+            world.keys.apply(KeysDelta(epoch="e1", sequence=2, revoked=("a",)))
+            engine.let()
+            assert (await holding.answer()).status == 200
+            assert (await revoked.answer()).code == "invalid_api_key"
+            await engine.until(1)
+            engine.let()
+            assert (await following.answer()).status == 200
+        await world.until_idle()
+
+
+@on_uvloop
+async def test_what_goes_to_one_instance_leaves_the_places_of_others_to_who_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(full_models, "_LOOK_S", 60.0)
+    first, second = Engine(), Engine()
+    async with serving(first) as one, serving(second) as two, gateway(away(), rules=rules()) as world:
+        model = entry("m", [one, two], capacity=1)
+        world.stored.keep("resp_1", model.routes[0])
+        clients = [await world.connect() for _ in range(6)]
+        for count, client in enumerate(clients, 1):
+            client.send(create(previous_response_id="resp_1") if count < 6 else chat())
+            await until_waiting(world, count)
+        Times(world).say(model)
+        await first.until(5)
+        await second.until(1)
+        first.let(5)
+        second.let()
+        assert [(await client.answer()).status for client in clients] == [200] * 6
+        await world.until_idle()
 
 
 @on_uvloop

@@ -95,6 +95,10 @@ class Room:
         """One that was let in found all instances full. It is to wait now, and so is who comes after it."""
         self._full.found(alias)
 
+    def spare(self, alias: str) -> None:
+        """One that was granted goes on without a place: it is for who waits next."""
+        self._wake(self._admission.freed(alias))
+
     def look_again(self) -> None:
         """Other nodes leave more to this one, or less."""
         self._full.look_again()

@@ -83,8 +83,6 @@ class Inference:
                 stay = stay or Stay(room, alias, request, client)
                 await stay.granted()
             with room.held:
-                if stay is not None and request.caller is not None:
-                    request.caller.check(alias)  # its key may be revoked by now
                 try:
                     await self._serve_by_any(alias, request, route, client)
                     return

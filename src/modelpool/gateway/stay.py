@@ -68,12 +68,13 @@ class Stay:
         while not room.enter(self._alias, self._request):
             ticket = self._ticket = self._to_join()
             future = room.join(ticket, awake_only=not self._wishes.cold_start)
-            if future is not None:
-                try:
+            try:
+                if future is not None:
                     await self._hear(future)
-                except BaseException:
-                    room.leave(ticket)
-                    raise
+                self._check()
+            except BaseException:
+                room.leave(ticket)
+                raise
             if ticket.state is State.GRANTED:
                 return
 
@@ -92,6 +93,12 @@ class Stay:
                 await self._hear(self._room.news())
         except TimeoutError:
             pass
+        self._check()
+
+    def _check(self) -> None:
+        """Its key may be revoked by now."""
+        if self._request.caller is not None:
+            self._request.caller.check(self._alias)
 
     def _to_join(self) -> Ticket:
         """Raises PoolError where there is nothing to wait for, or not any more."""
@@ -148,8 +155,6 @@ async def placed(room: Room, alias: str, request: Request, client: Client) -> As
             stay = stay or Stay(room, alias, request, client)
             await stay.granted()
         with room.held:
-            if stay is not None and request.caller is not None:
-                request.caller.check(alias)  # its key may be revoked by now
             model = room.table.find(alias)
             if model is None or not model.instances or model.places:
                 yield
@@ -160,10 +165,8 @@ async def placed(room: Room, alias: str, request: Request, client: Client) -> As
 @asynccontextmanager
 async def placed_beside(room: Room, alias: str, request: Request, client: Client) -> AsyncIterator[None]:
     """The same for what goes to one instance and no other, full or not."""
-    waits = not room.enter_full(alias)
-    if waits:
+    if not room.enter_full(alias):
         await Stay(room, alias, request, client).granted()
+        room.spare(alias)
     with room.held:
-        if waits and request.caller is not None:
-            request.caller.check(alias)
         yield
