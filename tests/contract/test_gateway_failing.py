@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import AsyncExitStack
 
 import msgspec
 import pytest
 
 from modelpool.core.breaker import FAILURES_MAX
 from modelpool.gateway.client_limits import Limits
+from modelpool.gateway.instances import Instance
 from modelpool.relay import Deadlines
+from tests.contract.test_gateway_realtime import talking
+from tests.contract.test_gateway_responses import fakes
 from tests.gateway_world import World, chat, entry, gateway
 from tests.wire import Unfinished, chunk, gone, on_uvloop, read_message, response, serving
 
@@ -189,3 +193,86 @@ async def test_a_model_with_one_instance_is_tried_however_often_it_failed() -> N
             assert (await world.ask(chat())).status == 502
         engine.answer = response(b"{}")
         assert (await world.ask(chat())).status == 200
+
+
+def on_trial(instance: Instance) -> None:
+    """It failed, and its pause is over: the next request shows whether it is well again."""
+    for _ in range(FAILURES_MAX):
+        instance.judge(False)
+    instance.breaker = instance.breaker._replace(until=0.0)
+
+
+@on_uvloop
+async def test_an_instance_that_begins_to_answer_is_trusted_however_long_that_lasts() -> None:
+    begun = EVENT_STREAM + chunk(b"data: 1\n\n")
+    async with serving(Unfinished(begun)) as first, serving(Unfinished(begun)) as second:
+        async with gateway(entry("m", [first, second], capacity=2)) as world:
+            on_trial(world.table.model("m").instances[0])
+            clients = [await world.connect() for _ in range(4)]
+            for client in clients:
+                client.send(chat(stream=True))
+                assert (await client.reader.readuntil(b"data: 1")).startswith(b"HTTP/1.1 200")
+            assert [each.own for each in world.table.model("m").instances] == [2, 2]
+            assert not world.instances.suspects
+            for client in clients:
+                client.abort()
+            await world.until_idle()
+
+
+@on_uvloop
+async def test_an_instance_that_takes_a_websocket_is_trusted_while_it_is_open() -> None:
+    async with fakes(2) as endpoints, gateway(entry("m", endpoints, capacity=2)) as world, AsyncExitStack() as stack:
+        on_trial(world.table.model("m").instances[0])
+        for _ in range(4):
+            await stack.enter_async_context(talking(world, "?model=m"))
+        assert [each.own for each in world.table.model("m").instances] == [2, 2]
+
+
+@on_uvloop
+async def test_the_head_of_a_stream_alone_does_not_show_that_an_instance_works() -> None:
+    async with serving(Unfinished(EVENT_STREAM)) as endpoint, gateway(entry("m", [endpoint])) as world:
+        (instance,) = world.table.model("m").instances
+        on_trial(instance)
+        client = await world.connect()
+        client.send(chat(stream=True))
+        await client.reader.readuntil(b"\r\n\r\n")
+        assert instance.breaker.trying
+        client.abort()
+        await world.until_idle()
+        assert not instance.breaker.trying
+        assert world.instances.suspects == {instance}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        response(b"{}", status="500 Internal Server Error"),
+        response(b'{"error": {"code": "instance_not_found"}}', status="404 Not Found"),
+    ],
+)
+@on_uvloop
+async def test_an_answer_that_does_not_show_that_it_works_leaves_an_instance_under_suspicion(answer: bytes) -> None:
+    engine = Engine()
+    engine.answer = answer
+    async with serving(engine) as endpoint, gateway(entry("m", [endpoint])) as world:
+        (instance,) = world.table.model("m").instances
+        on_trial(instance)
+        assert (await world.ask(chat())).status >= 500
+        assert world.instances.suspects == {instance}
+        assert not instance.breaker.trying
+
+
+@on_uvloop
+async def test_what_began_to_work_and_then_breaks_is_a_failure_of_its_own() -> None:
+    async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
+
+    async with serving(breaks) as endpoint, gateway(entry("m", [endpoint])) as world:
+        (instance,) = world.table.model("m").instances
+        on_trial(instance)
+        for failures in range(1, FAILURES_MAX):
+            await world.ask(chat(stream=True))
+            assert (instance.breaker.closed, instance.breaker.failures) == (True, failures)
+        await world.ask(chat(stream=True))
+        assert not instance.breaker.closed

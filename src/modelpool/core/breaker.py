@@ -5,7 +5,8 @@
        └────────────── a success ───────────────┼──────────────────────────────┤
                                                 └── a failure, twice the pause ┘
 
-A trial that ends without a verdict (its client left) makes room for the next one at once, so it always closes again.
+A trial is a success once something of its answer has come, however long the rest takes. One that ends without a
+verdict (its client left) makes room for the next one at once, so it always closes again.
 Only failures of the instance count: an answer with a 4xx status is a success.
 """
 

@@ -21,7 +21,7 @@ from modelpool.errors import (
 from modelpool.gateway.body import model_of, model_of_form
 from modelpool.gateway.connection import ClientConnection
 from modelpool.gateway.hold import Room
-from modelpool.gateway.instances import Instance
+from modelpool.gateway.instances import Instance, Lease
 from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.passing import PassThrough
 from modelpool.gateway.request import Request
@@ -29,7 +29,7 @@ from modelpool.gateway.routes import Kind, Route
 from modelpool.gateway.stay import Stay, placed_beside
 from modelpool.gateway.stored import LearningPassThrough, StoredResponses
 from modelpool.gateway.table import Table
-from modelpool.relay import Deadlines, encode_request
+from modelpool.relay import Deadlines, ResponseHead, Sink, encode_request
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Inference:
             journey.chose(instance, reason, model.instances)
             with instance.lease() as lease:
                 try:
-                    lease.worked = await self._send(request, route, instance, client) < 500
+                    lease.worked = await self._send(request, route, lease, client) < 500
                     return
                 except (EngineError, Draining) as error:
                     lease.worked = False if isinstance(error, EngineError) else None
@@ -126,16 +126,17 @@ class Inference:
         request.journey.chose(instance, Reason.STORED, (instance,))
         with instance.lease() as lease:
             try:
-                lease.worked = await self._send(request, route, instance, client) < 500
+                lease.worked = await self._send(request, route, lease, client) < 500
             except EngineError:
                 lease.worked = False
                 raise
 
-    async def _send(self, request: Request, route: Route, instance: Instance, client: ClientConnection) -> int:
+    async def _send(self, request: Request, route: Route, lease: Lease, client: ClientConnection) -> int:
         """To this instance; once more on a new connection if the pooled one turns out to have been closed.
 
         The answer's status.
         """
+        instance = lease.instance
         upstream = encode_request(
             request.method,
             b"%b%b%b" % (instance.prefix, route.path, request.query),
@@ -143,11 +144,11 @@ class Inference:
             fixed=instance.fixed,
             body=request.body,
         )
-        if status := await self._attempt(instance, upstream, request, route, client, fresh=False):
+        if status := await self._attempt(lease, upstream, request, route, client, fresh=False):
             return status
         request.journey.sent_again("stale_connection")
         try:
-            return await self._attempt(instance, upstream, request, route, client, fresh=True)
+            return await self._attempt(lease, upstream, request, route, client, fresh=True)
         except EngineError as error:
             if isinstance(error, UpstreamTimeout) and error.may_have_run:
                 raise
@@ -157,7 +158,7 @@ class Inference:
 
     async def _attempt(
         self,
-        instance: Instance,
+        lease: Lease,
         upstream: bytes,
         request: Request,
         route: Route,
@@ -166,6 +167,7 @@ class Inference:
         fresh: bool,
     ) -> int:
         """The answer's status; 0 if the connection was stale. Raises Draining, UpstreamFailed or UpstreamTimeout."""
+        instance = lease.instance
         if route.kind is _RESPONSES:
             sink: PassThrough = LearningPassThrough(
                 request, client, hold=_MAY_SAY_SO, route=instance.route, stored=self._stored
@@ -173,6 +175,8 @@ class Inference:
         else:
             sink = PassThrough(request, client, hold=_MAY_SAY_SO)
         watched = sink if request.meter is None else request.meter.watching(sink)
+        if not instance.breaker.closed:
+            watched = _Witness(watched, lease)
         exchange = await instance.pool.send(upstream, watched, fresh=fresh)
         request.journey.sent()
         exchange.deadlines = self._deadlines
@@ -195,6 +199,34 @@ class Inference:
         sink.finish()
         assert exchange.head is not None
         return exchange.head.status
+
+
+class _Witness:
+    """A Sink that says so when an instance that failed begins to answer. Its head alone says nothing of the engine:
+    vLLM sends that of a stream before there is a token.
+    """
+
+    __slots__ = ("_lease", "_sink", "_waits")
+
+    def __init__(self, sink: Sink, lease: Lease) -> None:
+        self._sink = sink
+        self._lease = lease
+        self._waits = False
+
+    def head(self, head: ResponseHead, rest: bytes) -> None:
+        self._waits = head.status < 500 and head.status not in _MAY_SAY_SO
+        if rest:
+            self._see()
+        self._sink.head(head, rest)
+
+    def data(self, data: bytes) -> None:
+        self._see()
+        self._sink.data(data)
+
+    def _see(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._lease.works()
 
 
 def _model_of_form(request: Request) -> str:

@@ -149,16 +149,16 @@ class Instance:
 class Lease:
     """Counted from `with` to its end, whichever way that is left."""
 
-    __slots__ = ("_instance", "_trial", "worked")
+    __slots__ = ("_trial", "instance", "worked")
 
     def __init__(self, instance: Instance) -> None:
-        self._instance = instance
+        self.instance = instance
         self._trial = False
         self.worked: bool | None = None
-        """What the request showed of the instance; None: nothing."""
+        """What the request showed of the instance; None: nothing, or nothing after `works`."""
 
     def __enter__(self) -> Lease:
-        instance = self._instance
+        instance = self.instance
         instance.add(1)
         instance.requests += 1
         if not instance.breaker.closed:
@@ -166,10 +166,16 @@ class Lease:
             instance.breaker = instance.breaker.begun()
         return self
 
+    def works(self) -> None:
+        """The instance is seen to work already, though the request may go on for hours."""
+        if self.instance.breaker is not CLOSED:
+            self._trial = False
+            self.instance.judge(True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        instance = self._instance
+        instance = self.instance
         instance.add(-1)
         if instance.breaker is CLOSED:
             if self.worked is False:

@@ -131,7 +131,7 @@ class Realtime:
                         raise
                     journey.not_taken(error.code)
                 else:
-                    lease.worked = True
+                    lease.works()
                     journey.sent()
                     try:
                         yield upstream
