@@ -31,7 +31,6 @@ NODES = 3
 NOWHERE_GB = 1e6
 """What a model needs to fit nowhere."""
 HEADER = "\n| fault | fake: requests, failed, slowest | real | far | registrations | seconds |"
-_MANAGER = "ray::ManagerActor"
 
 
 class Cluster:
@@ -50,10 +49,12 @@ class Cluster:
         return [self.pool.node_url(home) for home in self.homes]
 
     def manager(self) -> psutil.Process:
+        return self.process("ray::ManagerActor")
+
+    def process(self, title: str) -> psutil.Process:
+        """The one of Ray whose title or program begins so, wherever it is."""
         return eventually(
-            lambda: next((each for home in self.homes if (each := process_of(home, _MANAGER))), None),
-            120,
-            lambda: "a manager actor",
+            lambda: next((each for home in self.homes if (each := process_of(home, title))), None), 120, lambda: title
         )
 
     def home_of_manager(self) -> Path:
@@ -130,6 +131,16 @@ def process_of(home: Path, title: str) -> psutil.Process | None:
         except psutil.Error:
             continue
     return None
+
+
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """It stands still, and nothing knows why."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 @contextmanager

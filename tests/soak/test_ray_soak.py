@@ -20,7 +20,7 @@ from benchmarks.machine import cpu_seconds
 
 from tests.e2e.pool import PoolProcess, eventually, running_pool
 from tests.load import Asked, SdkLoad
-from tests.ray_cluster import HEADER, NOWHERE_GB, Cluster, Loads, running_cluster, under_load
+from tests.ray_cluster import HEADER, NOWHERE_GB, Cluster, Loads, running_cluster, suspended, under_load
 from tests.ray_pool import BIN, RayPool, deploy, deployed_pool, kill_ray
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -43,6 +43,13 @@ def cluster(say: Callable[[str], None]) -> Iterator[Cluster]:
 
 def manager_dies(cluster: Cluster) -> None:
     cluster.kill_manager()
+
+
+def manager_stands_still(cluster: Cluster) -> None:
+    manager, epoch = cluster.manager(), cluster.epoch()
+    with suspended(manager):
+        time.sleep(AWAY_S)
+    eventually(lambda: cluster.epoch() == epoch, 60, lambda: "the same manager goes on")
 
 
 def managers_node_is_lost(cluster: Cluster) -> None:
@@ -72,12 +79,27 @@ def replica_dies(cluster: Cluster) -> None:
     cluster.await_node(home)
 
 
+def controller_dies(cluster: Cluster) -> None:
+    controller = cluster.process("ray::ServeController")
+    controller.kill()
+    psutil.wait_procs([controller], timeout=10)
+    cluster.process("ray::ServeController")
+    for home in cluster.homes:
+        cluster.await_node(home)
+
+
+def gcs_stands_still(cluster: Cluster) -> None:
+    with suspended(cluster.process("gcs_server")):
+        time.sleep(AWAY_S)
+    for home in cluster.homes:
+        cluster.await_node(home)
+
+
 def worker_stands_still(cluster: Cluster) -> None:
     workers = cluster.pool.processes("modelpool: worker")
     (worker,) = [each for each in workers if each.environ()["WORKER_ID"] == "w1"]
-    worker.suspend()
-    time.sleep(AWAY_S)
-    worker.resume()
+    with suspended(worker):
+        time.sleep(AWAY_S)
     cluster.await_worker("w1")
 
 
@@ -104,9 +126,12 @@ def postgres_is_away(cluster: Cluster) -> None:
 
 FAULTS: dict[Callable[[Cluster], None], str] = {
     manager_dies: "manager actor killed",
+    manager_stands_still: f"the manager's process stopped (SIGSTOP) for {AWAY_S:.0f} s",
     managers_node_is_lost: "the manager's node, not the head, lost, and back",
     head_is_lost: f"head node killed, `deploy` after {HEADLESS_S:.0f} s, the others joined again",
     replica_dies: "a gateway's replica killed",
+    controller_dies: "the controller of Ray Serve killed",
+    gcs_stands_still: f"Ray's GCS stopped (SIGSTOP) for {AWAY_S:.0f} s",
     worker_stands_still: f"worker stopped (SIGSTOP) for {AWAY_S:.0f} s",
     worker_is_cut_off: f"far worker cut off for {AWAY_S:.0f} s: nothing passes, nothing is refused",
     postgres_is_away: f"PostgreSQL stopped for {AWAY_S:.0f} s",
