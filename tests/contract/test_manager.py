@@ -7,11 +7,16 @@ import socket
 from pathlib import Path
 
 import msgspec
+import pytest
 from msgspec.structs import replace
 
+from modelpool.manager import watches
+from modelpool.manager.watches import Watches
+from modelpool.manager.worker_client import WorkerClient
 from modelpool.messages.workers import Heartbeat, RegisterWorker, WorkerInfo
 from tests import reports
 from tests.contract.test_keys import Pool, running_pool
+from tests.wire import on_uvloop, read_message, serving
 
 
 async def worker_registers(pool: Pool, incarnation: str) -> None:
@@ -88,3 +93,28 @@ def test_a_registration_is_answered_once_the_gateways_can_be_told(tmp_path: Path
             assert not (await pool.http.get("/admin/status")).json()["recovering"]
 
     asyncio.run(story())
+
+
+@on_uvloop
+async def test_a_watch_that_ends_at_once_is_not_begun_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the worker behind a port forward has ended: the forward takes connections, and closes them."""
+    monkeypatch.setattr(watches, "_RETRY_S", 0.2)
+    loop = asyncio.get_running_loop()
+    tried: list[float] = []
+    often = asyncio.Event()
+
+    async def forward(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        tried.append(loop.time())
+        if len(tried) == 4:
+            often.set()
+
+    async with serving(forward) as endpoint, asyncio.TaskGroup() as tasks:
+        client = WorkerClient("t", epoch=lambda: "a.1")
+        watched = Watches(client, own=tasks.create_task, gone=lambda info: None)
+        began = loop.time()
+        watched.begin(WorkerInfo(worker_id="w", incarnation="1", url=f"http://{endpoint}"))
+        await often.wait()
+        watched.end("w")
+        await client.aclose()
+    assert tried[-1] - began > 0.5

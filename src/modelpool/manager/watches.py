@@ -13,6 +13,7 @@ from modelpool.messages.workers import WorkerInfo
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+"""From one try to the next at least; at once where it was watched for longer than that."""
 
 
 class Watches:
@@ -44,8 +45,13 @@ class Watches:
             task.cancel()
 
     async def _watch(self, info: WorkerInfo) -> None:
-        """Until nothing listens there any more: then its instances are gone too."""
+        """Until nothing listens there any more: then its instances are gone too.
+
+        A port forward takes connections where nothing listens at its other end too, and closes them.
+        """
+        loop = asyncio.get_running_loop()
         while True:
+            again_at = loop.time() + _RETRY_S
             try:
                 await self._client.watch(info.url)
             except WorkerUnreachable as error:
@@ -54,7 +60,6 @@ class Watches:
                     self._gone(info)
                     return
                 log.info("worker %s cannot be watched: %s", info.worker_id, error)
-                await asyncio.sleep(_RETRY_S)
             except Exception:
                 log.exception("watching worker %s failed", info.worker_id)
-                await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(again_at - loop.time())
