@@ -250,6 +250,7 @@ class Supervisor:
         assert self._tasks is not None
         self._instances[name] = instance
         instance.task = self._tasks.create_task(self._live(instance), name=f"instance {name}")
+        instance.task.add_done_callback(lambda _: self._ended(instance))
         self.changed.set()
         log.info("%s starts, engine %s", name, order.model.engine)
         return instance.report()
@@ -301,7 +302,7 @@ class Supervisor:
     def _forget(self, instance: Instance) -> None:
         if self._instances.get(instance.name) is instance:
             del self._instances[instance.name]
-        if instance.task is not None and instance.task is not asyncio.current_task():
+        if instance.task is not None and not instance.task.done():
             self._leftovers[instance.name] = instance.task
             instance.task.add_done_callback(lambda task: self._discard_leftover(instance.name, task))
         self.changed.set()
@@ -313,7 +314,7 @@ class Supervisor:
     # ------------------------------------------------------------ the life of one instance
 
     async def _live(self, instance: Instance) -> None:
-        """From STARTING until nothing of the host is left: then it is FAILED, or gone because it was stopped."""
+        """From STARTING until nothing of the host is left."""
         try:
             if instance.after is not None:
                 await asyncio.wait({instance.after})
@@ -324,17 +325,16 @@ class Supervisor:
         except Exception:
             log.exception("%s: its supervision failed", instance.name)
             instance.fail("the worker made a mistake; its log says which")
-        if instance.stop_asked.is_set() and instance.state is not InstanceState.ABSENT:
-            self._end(instance)
-        self.changed.set()  # what it held is free by now
 
-    def _end(self, instance: Instance) -> None:
-        """It was stopped, and all of it is gone."""
-        if instance.state is not InstanceState.STARTING:
-            instance.move(InstanceState.UNLOADED)
-        instance.move(InstanceState.ABSENT)
-        log.info("%s ended", instance.name)
-        self._forget(instance)
+    def _ended(self, instance: Instance) -> None:
+        """Its task is done, perhaps before its first step: it is FAILED, or gone because it was stopped."""
+        if instance.stop_asked.is_set() and instance.state is not InstanceState.ABSENT:
+            if instance.state is not InstanceState.STARTING:
+                instance.move(InstanceState.UNLOADED)
+            instance.move(InstanceState.ABSENT)
+            log.info("%s ended", instance.name)
+            self._forget(instance)
+        self.changed.set()  # what it held is free by now
 
 
 @asynccontextmanager
