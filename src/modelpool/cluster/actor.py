@@ -21,6 +21,7 @@ import uvloop
 from modelpool.cluster.nodes import keep_a_replica_on_every_node
 from modelpool.cluster.place import at_node
 from modelpool.cluster.streams import Streams, refusal
+from modelpool.cluster.term import Term
 from modelpool.errors import InvalidRequest, ManagerAway, PoolError
 from modelpool.manager.manager import Manager
 from modelpool.manager.port import ManagerPort
@@ -50,13 +51,10 @@ class ManagerActor:
     def __init__(self, deployment: bytes) -> None:
         self._deployed = deployment
         self._deployment = msgspec.json.decode(deployment, type=Deployment)
-        self._manager: Manager | None = None
-        self._streams: Streams | None = None
+        self._term: Term | None = None
         self._reason = "it has just started"
         self._nodes: dict[str, tuple[str, float]] = {}
         self._pause = _RETRY_INITIAL_S
-        self._aside_s = 0.0
-        self._stepping_aside, self._stepped_aside = asyncio.Event(), asyncio.Event()
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_until_complete, args=(self._manage(),), daemon=True).start()
 
@@ -64,7 +62,7 @@ class ManagerActor:
 
     async def health(self) -> dict[str, Any]:
         """`status` is "ok" once there is a manager; `reason` says why there is none."""
-        return {"status": "starting" if self._manager is None else "ok", "reason": self._reason}
+        return {"status": "starting" if self._term is None else "ok", "reason": self._reason}
 
     async def status(self) -> dict[str, Any]:
         """What `GET /admin/status` answers."""
@@ -84,7 +82,7 @@ class ManagerActor:
 
     async def _builtins(self, call: Callable[[Manager], Coroutine[Any, Any, object]]) -> dict[str, Any]:
         try:
-            return cast(dict[str, Any], msgspec.to_builtins(await self._carried(call)))
+            return cast(dict[str, Any], msgspec.to_builtins(await self._carried(lambda term: call(term.manager))))
         except PoolError as error:
             raise flat(error) from None
 
@@ -99,13 +97,13 @@ class ManagerActor:
         while, in case that nobody took its place.
         """
 
-        async def step(_: Manager) -> None:
-            self._aside_s = for_s
-            self._stepping_aside.set()
-            await self._stepped_aside.wait()
+        async def step(term: Term) -> Term:
+            term.make_way(for_s)
+            return term
 
         with suppress(ManagerAway):
-            await self._carried(step)
+            term = await self._carried(step)
+            await self._on_loop(term.over())
 
     # ------------------------------------------------------------ for the gateways' replicas
 
@@ -122,21 +120,19 @@ class ManagerActor:
         """The next Item of the stream that is called so, or begins with this call."""
         decoded = msgspec.json.decode(call, type=Call)
 
-        async def item(manager: Manager) -> object:
-            assert self._streams is not None
-            return await self._streams.next(stream, lambda: _called(manager, decoded))
+        async def item(term: Term) -> object:
+            return await term.streams.next(stream, lambda: _called(term.manager, decoded))
 
         try:
-            return msgspec.json.encode(await self._carried(item))
+            return msgspec.json.encode(await self._carried(item, lasting=True))
         except PoolError as error:
             return msgspec.json.encode(refusal(error))
 
     async def close(self, stream: str) -> None:
         """Its reader has left."""
 
-        async def close(_: Manager) -> None:
-            assert self._streams is not None
-            self._streams.close(stream)
+        async def close(term: Term) -> None:
+            term.streams.close(stream)
 
         with suppress(ManagerAway):
             await self._carried(close)
@@ -145,33 +141,36 @@ class ManagerActor:
         """A node's gateway serves."""
         node = msgspec.json.decode(report, type=NodeReport)
 
-        async def note(manager: Manager) -> None:
+        async def note(term: Term) -> None:
             now = self._loop.time()
             self._nodes[node.node_id] = (node.url, now)
             self._nodes = {id: said for id, said in self._nodes.items() if now - said[1] < ABANDONED_S}
-            manager.know_gateways(tuple(sorted(url for url, _ in self._nodes.values())))
+            term.manager.know_gateways(tuple(sorted(url for url, _ in self._nodes.values())))
 
         with suppress(ManagerAway):
             await self._carried(note)
 
     async def _reply(self, call: Call) -> Reply:
         try:
-            value = await self._carried(lambda manager: _called(manager, call))
+            value = await self._carried(lambda term: _called(term.manager, call))
         except PoolError as error:
             return refusal(error)
         return Answer(msgspec.Raw(msgspec.json.encode(value)))
 
     # ------------------------------------------------------------ the manager's own loop
 
-    async def _carried(self, call: Callable[[Manager], Coroutine[Any, Any, T]]) -> T:
+    async def _carried(self, call: Callable[[Term], Coroutine[Any, Any, T]], *, lasting: bool = False) -> T:
         """The result of a call on the manager's loop. Raises ManagerAway, and what the manager raises."""
 
         async def carry() -> T:
-            if self._manager is None:
+            if self._term is None:
                 raise ManagerAway(f"The manager is away: {self._reason}.", retry_after=_RETRY_INITIAL_S)
-            return await call(self._manager)
+            return await self._term.carry(call, lasting=lasting)
 
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(carry(), self._loop))
+        return await self._on_loop(carry())
+
+    async def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     async def _keep_a_replica_on_every_node(self) -> None:
         """Until cancelled."""
@@ -180,44 +179,47 @@ class ManagerActor:
             await asyncio.sleep(_NODES_S)
 
     async def _manage(self) -> None:
-        """Be a manager, until another cluster's has taken over; where that fails, as while the store is away, say why
-        and try again.
+        """Be a manager, until another cluster's has taken over, and answer so from then on; where that fails, as while
+        the store is away, say why and try again.
         """
         while True:
             try:
-                await self._be_manager()
+                aside_s = await asyncio.create_task(self._be_manager())
             except Deposed as error:
-                self._manager, self._reason = None, _words(error)
+                self._reason = _words(error)
                 log.error("this manager does no more: %s", error)
-                return
+                await asyncio.Event().wait()
             except Exception as error:
-                self._manager, self._reason = None, _words(error)
+                self._reason = _words(error)
                 log.exception("there is no manager now")
                 await asyncio.sleep(self._pause)
                 self._pause = min(_RETRY_MAX_S, 2 * self._pause)
             else:
                 log.info("stepped aside")
-                self._stepped_aside.set()
-                await asyncio.sleep(self._aside_s)
+                await asyncio.sleep(aside_s)
 
-    async def _be_manager(self) -> None:
-        """Until it is asked to step aside. Raises what a manager raises."""
-        self._stepping_aside.clear()
-        self._stepped_aside.clear()
+    async def _be_manager(self) -> float:
+        """Until it is asked to step aside: for how long. Raises what a manager raises."""
         settings, home = at_node(self._deployment, "manager")
         with home.lock("manager") as lock_id:
             async with manager_of(settings, home, holder_here(lock_id)) as manager, asyncio.TaskGroup() as tasks:
-                self._streams = Streams(tasks)
-                self._manager, self._reason = manager, ""
+                term = Term(manager, Streams(tasks))
+                self._term, self._reason = term, ""
                 self._pause = _RETRY_INITIAL_S
                 calm_collector()
-                beside = [self._keep_a_replica_on_every_node(), self._streams.keep_closing_abandoned()]
+                beside = [self._keep_a_replica_on_every_node(), term.streams.keep_closing_abandoned()]
                 running = [tasks.create_task(each) for each in beside]
-                await self._stepping_aside.wait()
-                self._manager, self._reason = None, "another takes its place"
-                for task in running:
-                    task.cancel()
-                self._streams.close_all()
+                try:
+                    aside_s = await term.asked_to_make_way()
+                    self._term, self._reason = None, "another takes its place"
+                    await term.finish()
+                    return aside_s
+                finally:
+                    if self._term is not None:
+                        self._term, self._reason = None, "it is ending"
+                    term.end()
+                    for task in running:
+                        task.cancel()
 
 
 def flat(error: PoolError) -> PoolError:

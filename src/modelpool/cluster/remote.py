@@ -97,24 +97,25 @@ class RayManager:
 
     async def _beat(self) -> None:
         """Send what is there at once, and what comes within BATCH_S after it together, until nothing comes."""
-        while batch := self._heartbeats:
-            self._heartbeats = []
-            sending = asyncio.create_task(self._send(batch))
-            await asyncio.sleep(BATCH_S)
-            await sending
-        self._beating = None
+        try:
+            while batch := self._heartbeats:
+                self._heartbeats = []
+                sending = asyncio.create_task(self._send(batch))
+                await asyncio.sleep(BATCH_S)
+                await sending
+        finally:
+            self._beating = None
 
     async def _send(self, batch: list[tuple[bytes, asyncio.Future[bytes]]]) -> None:
         try:
             answers = await self._call("ask_all", [call for call, _ in batch])
-        except ManagerAway as error:
+            for (_, answered), answer in zip(batch, answers, strict=True):
+                if not answered.done():
+                    answered.set_result(answer)
+        except Exception as error:  # noqa: BLE001  each of them raises it
             for _, answered in batch:
                 if not answered.done():
                     answered.set_exception(error)
-            return
-        for (_, answered), answer in zip(batch, answers, strict=True):
-            if not answered.done():
-                answered.set_result(answer)
 
     # ------------------------------------------------------------ keys
 
