@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import yaml
 from msgspec import Meta
+
+from modelpool.yaml_file import BadFile, parsed, text_of
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -332,11 +333,13 @@ def pool_url(text: str) -> str:
 
 def _from_file(file: Path) -> Settings:
     try:
-        raw = yaml.safe_load(file.read_text()) or {}
-        return msgspec.convert(raw, Settings)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    except (yaml.YAMLError, msgspec.ValidationError, ValueError, RecursionError) as error:
+        raw, _ = parsed(text_of(file.read_bytes(), str(file)), str(file))
+        return msgspec.convert(raw or {}, Settings)
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except BadFile as error:
+        raise SettingsError(str(error)) from error
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise SettingsError(f"{file}: {error}") from error
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from modelpool.cli.models_file import BadFile, read_dump, read_models, text_of
+from modelpool.cli.models_file import read_dump, read_models
 from modelpool.messages.models import ModelSpec
+from modelpool.yaml_file import BadFile, text_of
 
 GOOD = """\
 models:
@@ -74,6 +75,10 @@ def test_the_example_is_good() -> None:
             "m.yaml:2: in `models[0]`: is nested too deep, or in itself",
         ),
         ("models: " + "[" * 5000 + "]" * 5000, "m.yaml: is nested too deep"),
+        (
+            "models:\n- &a0 [x]\n" + "".join(f"- &a{n + 1} [*a{n}, *a{n}]\n" for n in range(60)),
+            "m.yaml:1: its aliases stand for more than 1,000,000 values",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line_and_field(text: str, says: str) -> None:

@@ -45,7 +45,8 @@ def test_a_bad_variable_is_named_with_its_value(environ: dict[str, str], says: s
         ("worker: {prot: 1}", "unknown field `prot`"),
         ("worker: {port: x}", r"worker.port"),
         ("a: [", "pool.yaml"),
-        ("worker: {port: 2024-13-01}", "pool.yaml: month must be in 1..12"),
+        ("worker: {port: 2024-13-01}", "pool.yaml:1: month must be in 1..12"),
+        ("worker: {port: 1}\nworker: {port: 2}\n", "pool.yaml:2: `worker` is there twice"),
         ("[" * 5000 + "]" * 5000, "pool.yaml: "),
     ],
 )

@@ -25,6 +25,7 @@ from modelpool.core.learned import ANYWHERE, HELD, HELD_ON_HOST, SLEEP, WAKE, Le
 from modelpool.core.placement import GB
 from modelpool.core.pool import Model
 from modelpool.simulator.trace import Arrival
+from modelpool.yaml_file import BadFile, parsed, text_of
 
 Seconds = Annotated[float, Meta(ge=0)]
 Times = Seconds | Annotated[tuple[Seconds, ...], Meta(min_length=1)]
@@ -143,10 +144,13 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def read_scenario(path: Path) -> Scenario:
     """Raises ScenarioError."""
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text()) or {}, Scenario)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, msgspec.ValidationError, ValueError, RecursionError) as error:
+        raw, _ = parsed(text_of(path.read_bytes(), str(path)), str(path))
+        return msgspec.convert(raw or {}, Scenario)
+    except OSError as error:
+        raise ScenarioError(f"{path}: cannot be read: {error.strerror}") from error
+    except BadFile as error:
+        raise ScenarioError(str(error)) from error
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise ScenarioError(f"{path}: {error}") from error
 
 

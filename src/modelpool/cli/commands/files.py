@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from modelpool.cli.client import PoolClient
-from modelpool.cli.models_file import BadFile, read_dump, read_models, text_of
+from modelpool.cli.models_file import read_dump, read_models
 from modelpool.cli.options import JsonOption, UrlOption, client_of
 from modelpool.cli.output import fail, print_json, show
 from modelpool.cli.plan import Step, lines, patch, plan
 from modelpool.messages.models import CHANGEABLE
+from modelpool.yaml_file import BadFile, text_of
 
 T = TypeVar("T")
 
