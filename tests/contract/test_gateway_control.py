@@ -165,6 +165,29 @@ async def test_with_the_manager_away_requests_go_on_and_a_new_one_is_followed(tm
 
 
 @on_uvloop
+async def test_a_gateway_without_models_follows_whoever_is_there_and_says_what_it_knows_to_an_older_one(
+    tmp_path: Path,
+) -> None:
+    """As after a restore from a backup: the manager then has an epoch that is later still."""
+    manager = Manager(tmp_path)
+    manager.first = snapshot_of(epoch="c.3")
+    async with gateway(home=tmp_path, follow=True) as world:
+        async with serving(manager, path=manager.path):
+            await manager.followed.wait()
+            await until_listed(world)
+        manager.path.unlink(missing_ok=True)
+        restored = Manager(tmp_path)
+        restored.first = snapshot_of(epoch="c.2")
+        async with serving(restored, path=restored.path):
+            while "c.3" not in restored.known:
+                await asyncio.sleep(0.01)
+            restored.first = snapshot_of(*some("a").values(), epoch="c.4")
+            await until_listed(world, "a")
+        restored.path.unlink(missing_ok=True)
+        assert restored.known[:2] == ["", "c.3"]
+
+
+@on_uvloop
 async def test_a_manager_that_was_deposed_is_not_followed(tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     manager.first = snapshot_of(*some("a").values(), epoch="c.3")

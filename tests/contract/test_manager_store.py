@@ -27,6 +27,7 @@ from modelpool.messages.keys import KeySpec
 from modelpool.messages.models import ModelSpec
 from modelpool.messages.routing import Keys, Snapshot
 from modelpool.messages.workers import InstanceReport, RegisterWorker, WorkerDescription, WorkerInfo
+from modelpool.worker.fence import Fence
 from tests import reports
 from tests.postgres import Postgres, running_postgres
 from tests.stores import ME, answers_lost, held
@@ -398,9 +399,8 @@ def test_who_knows_a_later_epoch_is_told_one_that_is_later_still(store_url: str)
 def test_workers_and_gateways_of_another_cluster_are_left_alone(store_url: str) -> None:
     async def story() -> None:
         async with running_world(store_url) as world:
-            info = WorkerInfo(worker_id="w", incarnation="1", url="http://127.0.0.1:1")
-            told = RegisterWorker(info=info, devices=(), engines={}, epoch="other.3")
-            answer = await world.http.post("/workers/register", content=msgspec.json.encode(told))
+            said = replace(told("http://127.0.0.1:1", reports.active("m")), epoch="other.3")
+            answer = await world.http.post("/workers/register", content=msgspec.json.encode(said))
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_cluster")
             answer = await world.http.get("/snapshots", params={"epoch": "other.3"})
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_cluster")
@@ -417,7 +417,7 @@ def test_workers_and_gateways_of_another_cluster_are_left_alone(store_url: str) 
         ("info.url", "http://[::1"),
         ("info.worker_id", "w\0"),
         ("info.worker_id", ""),
-        ("epoch", f"x.{10**19}"),
+        ("epoch", f".{10**19}"),
     ],
 )
 def test_a_worker_says_nothing_that_the_store_cannot_take(store_url: str, field: str, value: str) -> None:
@@ -425,7 +425,7 @@ def test_a_worker_says_nothing_that_the_store_cannot_take(store_url: str, field:
         async with running_world(store_url) as world:
             said = told("http://127.0.0.1:1")
             if field == "epoch":
-                said = replace(said, epoch=value)
+                said = replace(said, epoch=world.store.epoch.partition(".")[0] + value)
             else:
                 said = replace(said, info=replace(said.info, **{field.removeprefix("info."): value}))
             answer = await world.http.post("/workers/register", content=msgspec.json.encode(said))
@@ -490,6 +490,28 @@ def test_a_worker_that_was_written_down_where_nobody_can_be_keeps_no_manager_fro
             await world.until(world.recovered)
             assert await active(world, "m") == []
             assert (await world.http.get("/workers")).json() == {"workers": []}
+
+    asyncio.run(story())
+
+
+def test_an_idle_worker_goes_to_another_cluster_and_is_outlived_in_its_own(store_url: str) -> None:
+    """It knows an epoch that is later than the store, as after a restore from a backup."""
+
+    async def story() -> None:
+        fence = Fence(lambda: False)
+
+        async def registered(world: World) -> tuple[int, str]:
+            said = replace(told("http://127.0.0.1:1"), epoch=fence.epoch)
+            answer = await world.http.post("/workers/register", content=msgspec.json.encode(said))
+            fence.hear(answer.json()["epoch"])
+            return answer.status_code, fence.epoch
+
+        fence.hear("other.7")
+        async with running_world(store_url) as world:
+            cluster = world.store.epoch.partition(".")[0]
+            assert await registered(world) == (200, world.store.epoch)
+            fence.hear(f"{cluster}.41")
+            assert await registered(world) == (200, f"{cluster}.42")
 
     asyncio.run(story())
 

@@ -49,6 +49,8 @@ class SnapshotFeed:
         """When the manager was last heard, on the loop's clock."""
         self.connected = False
         self._first = asyncio.Event()
+        self._ahead = False
+        """The manager is of this gateway's own cluster, and earlier than one that was heard."""
 
     async def wait_first(self, at_most_s: float) -> None:
         """Return once there is a table to route by, or when that takes too long."""
@@ -75,8 +77,9 @@ class SnapshotFeed:
             pause = min(RETRY_MAX_S, pause * 2)
 
     async def _follow_once(self) -> None:
-        # A gateway that knows no models follows whoever is there.
-        known = self._table.epoch if self._table.models() else ""
+        # A gateway that knows no models follows whoever is there, but one of its own cluster is to be the latest.
+        known = self._table.epoch if self._table.models() or self._ahead else ""
+        self._ahead = False
         path = f"/snapshots?gateway={self._gateway}&epoch={known}".encode()
         request = encode_request(b"GET", path, [], fixed=fixed_headers(self._control.endpoint))
         async with asyncio.timeout(SILENCE_S) as silence, fetch(self._control, request) as response:
@@ -98,6 +101,7 @@ class SnapshotFeed:
         if update is None:
             return
         if is_older(update.epoch, self._table.epoch):
+            self._ahead = True
             raise Broken(f"it has epoch {update.epoch}, and a later one was heard: {self._table.epoch}")
         if isinstance(update, Keys | KeysDelta):
             self._keys.apply(update)

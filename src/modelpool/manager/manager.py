@@ -388,7 +388,8 @@ class Manager:
 
     async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
         self._workers.check(message.info)
-        await self._outlive(message.epoch)
+        if message.instances or not is_foreign(message.epoch, self._cluster):
+            await self._outlive(message.epoch)
         await self._workers.register(message)
         return self._answer()
 

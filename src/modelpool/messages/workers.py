@@ -144,7 +144,7 @@ class RegisterWorker(msgspec.Struct, frozen=True, kw_only=True):
     host: Device | None = None
     files: tuple[str, ...] = ()
     epoch: str = ""
-    """Of the latest manager that it has heard of; "" also where it runs nothing, so that any pool may have it."""
+    """Of the latest manager that it has heard of. One that runs nothing may be of another cluster all the same."""
     number: int = 0
     """As of a Heartbeat."""
 

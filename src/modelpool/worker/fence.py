@@ -20,26 +20,22 @@ class Fence:
 
     def __init__(self, busy: Callable[[], bool]) -> None:
         self._busy = busy
-        self._epoch = ""
-
-    @property
-    def epoch(self) -> str:
-        """What a manager must be as late as; "" where any may come."""
-        return self._epoch if self._busy() else ""
+        self.epoch = ""
+        """What a manager of its cluster must be as late as."""
 
     def hear(self, epoch: str) -> None:
         """A manager has spoken. Raises Conflict for one that is not to be obeyed."""
-        if is_foreign(epoch, self.epoch):
+        if self._busy() and is_foreign(epoch, self.epoch):
             raise Conflict(
-                f"This worker runs instances of the cluster `{cluster_of(self._epoch)}`; the manager is that of "
+                f"This worker runs instances of the cluster `{cluster_of(self.epoch)}`; the manager is that of "
                 f"`{cluster_of(epoch)}`.",
                 code="other_cluster",
             )
-        if is_older(epoch, self._epoch):
-            raise Conflict(f"A later manager has taken over: {self._epoch} is later than {epoch}.", code="stale_epoch")
-        if epoch and epoch != self._epoch:
+        if is_older(epoch, self.epoch):
+            raise Conflict(f"A later manager has taken over: {self.epoch} is later than {epoch}.", code="stale_epoch")
+        if epoch and epoch != self.epoch:
             log.info("obeying the manager of epoch %s", epoch)
-            self._epoch = epoch
+            self.epoch = epoch
 
 
 class FenceGuard:
