@@ -18,6 +18,7 @@ from modelpool.home import Home
 from modelpool.messages.routing import KeysDelta, Others
 from modelpool.relay import Endpoint
 from tests.contract.test_gateway_control import Manager
+from tests.contract.test_gateway_metrics import until
 from tests.contract.test_gateway_process import Gateway, started
 from tests.contract.test_gateway_realtime import UPDATE, hear, say, talking
 from tests.contract.test_gateway_responses import create, fakes
@@ -271,6 +272,27 @@ async def test_processes_of_a_node_share_what_an_instance_takes_and_none_is_left
         assert engine.most <= capacity + len(running)
         assert sum(served.values()) > 0.5 * capacity * 3 / 0.02 / 2
         assert min(served.values()) > 0.3 * sum(served.values()) / len(running)
+
+
+@on_uvloop
+async def test_what_a_process_does_not_use_is_used_by_those_where_requests_wait(tmp_path: Path) -> None:
+    engine = Engine()
+    async with serving(engine) as endpoint, gateways(tmp_path, 3, endpoint, 8) as running:
+        clients = []
+        for number, count, there in ((0, 1, 1), (1, 7, 8), (1, 8, 8), (2, 8, 8)):
+            for _ in range(count):
+                clients.append(await running[number].connect())
+                clients[-1].send(chat(version="1.1"))
+            await engine.until(there)
+        await until(running[0], 16, "modelpool_requests_waiting", model="m")
+        for each in engine.running[1:]:
+            each.set()
+        async with asyncio.timeout(10):
+            while sum(engine.by_user.values()) < 7 or len(engine.running) < 8:
+                await asyncio.sleep(0.001)
+        assert len(engine.running) <= 8 + len(running)
+        for client in clients:
+            client.close()
 
 
 @on_uvloop

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from modelpool.core.places import Others
 from modelpool.gateway import shared
+from modelpool.gateway.inflight import SharedInflight
 from modelpool.gateway.shared import joined
 from modelpool.process import StartupError
 
@@ -32,6 +34,12 @@ HOLD = """with node.lock(3):
 COUNT = """for _ in range(2000):
         with node.lock(3):
             cells[40:44] = (int.from_bytes(cells[40:44], 'little') + 1).to_bytes(4, 'little')"""
+WANT = """from modelpool.gateway.inflight import SharedInflight
+    row = SharedInflight(node).take("m")
+    row.put({has})
+    row.want({wants})
+    print("counted", flush=True)
+    sys.stdin.read()"""
 
 
 def other(folder: Path, then: str) -> subprocess.Popen[str]:
@@ -84,6 +92,29 @@ def test_a_process_that_is_stopped_with_the_lock_does_not_stop_the_others(tmp_pa
         assert time.monotonic() - begin < 1
         process.kill()
         process.wait()
+
+
+def test_of_the_others_those_who_wait_are_told_from_the_settled(tmp_path: Path) -> None:
+    with joined(tmp_path) as node:
+        row = SharedInflight(node).take("m")
+        assert row is not None
+        row.put(5)
+        row.want(True)
+        assert row.others(5) == Others(inflight=0)
+        processes = [
+            other(tmp_path, WANT.format(has=has, wants=wants)) for has, wants in ((3, False), (7, True), (2, True))
+        ]
+        try:
+            for each in processes:
+                assert each.stdout is not None
+                assert each.stdout.readline() == "counted\n"
+            assert row.others(5) == Others(inflight=12, settled=3, waiting=2)
+        finally:
+            for each in processes:
+                each.kill()
+                each.wait()
+        node.reap()
+        assert row.others(5) == Others(inflight=0)
 
 
 def test_one_process_too_many_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

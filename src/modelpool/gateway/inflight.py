@@ -100,8 +100,8 @@ class Row:
         inflight = self.total - own
         if not wanting:
             return Others(inflight=inflight)
-        busy = sum(count > 0 or wanting >> slot & 1 for slot, count in enumerate(self._counts) if slot != self._own)
-        return Others(inflight=inflight, busy=busy, wanting=True)
+        settled = inflight - sum(self._counts[slot] for slot in range(wanting.bit_length()) if wanting >> slot & 1)
+        return Others(inflight=inflight, settled=settled, waiting=wanting.bit_count())
 
     def want(self, wants: bool) -> None:
         self._shared.want(self._number, wants)
