@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from modelpool.core.limits import WINDOW_S, Limits, Use
+from modelpool.manager.claims import Sent
 from modelpool.manager.sharing import Sharing
 from modelpool.messages.demand import DemandReport, KeyDemand, ModelDemand, node_of
 from modelpool.messages.routing import Others
@@ -102,3 +106,38 @@ def test_what_was_used_longer_than_a_minute_ago_is_forgotten() -> None:
     sharing = two()
     assert set(news(sharing)["b"].keys) == {"k"}
     assert news(sharing, WINDOW_S + 1)["b"].keys == {}
+
+
+def granted(sent: Sent, heard: int) -> int:
+    return sent.granted("requests", 100, heard, 50)
+
+
+@settings(deadline=None)
+@given(given_out=st.lists(st.integers(0, 100), min_size=20, max_size=60), late=st.integers(0, 30))
+def test_nothing_that_a_node_may_still_keep_to_is_forgotten(given_out: list[int], late: int) -> None:
+    sent, parts = Sent(), [50, *given_out]
+    for number, part in enumerate(given_out, 1):
+        heard = max(0, number - 1 - late)
+        assert granted(sent, heard) >= max(parts[heard:number])
+        sent.send(number, Limits(requests=part), heard)
+    assert granted(sent, len(given_out)) == given_out[-1]
+
+
+def test_what_a_node_keeps_to_counts_however_much_it_has_not_heard_of() -> None:
+    sent = Sent()
+    assert granted(sent, 0) == 50
+    sent.send(1, Limits(requests=90), 0)
+    for number in range(2, 50):
+        sent.send(number, Limits(requests=number), 1)
+        assert granted(sent, 1) == 90
+    assert granted(sent, 49) == 49
+
+
+def test_of_much_that_was_not_heard_of_a_limit_that_was_left_out_means_all_of_it() -> None:
+    sent = Sent()
+    assert granted(sent, 0) == 50
+    sent.send(1, Limits(requests=9), 0)
+    sent.send(2, Limits(), 1)
+    for number in range(3, 50):
+        sent.send(number, Limits(requests=number), 1)
+        assert granted(sent, 1) == 100

@@ -10,7 +10,8 @@ from modelpool.messages.demand import KeyDemand
 
 _HALF_LIFE_S = 2.0
 """Of what was asked for: what counts when limits are shared out."""
-_SENT_MAX = 16
+_UNHEARD_MAX = 16
+"""Parts that a node was sent and has not heard of yet; of more the oldest are taken for one that is as large as any."""
 
 _QUANTITIES = {"requests": "requests", "tokens": "tokens", "concurrency": "running"}
 """Limit → what is used of it."""
@@ -134,7 +135,17 @@ class Sent:
         if self._sent and self._sent[-1][1] == part:
             return
         kept = [each for each in self._sent if each[0] <= heard][-1:]
-        self._sent = [*kept, *(each for each in self._sent if each[0] > heard), (number, part)][-_SENT_MAX:]
+        unheard = [*(each for each in self._sent if each[0] > heard), (number, part)]
+        if len(unheard) > _UNHEARD_MAX:
+            (_, oldest), (later, next_to_it) = unheard[:2]
+            unheard[:2] = [(later, _larger(oldest, next_to_it))]
+        self._sent = [*kept, *unheard]
+
+
+def _larger(one: Limits, other: Limits) -> Limits:
+    """Of each limit the larger; one that is left out is all of it."""
+    amounts = {limit: (getattr(one, limit), getattr(other, limit)) for limit in _QUANTITIES}
+    return Limits(**{limit: None if None in each else max(each) for limit, each in amounts.items()})
 
 
 def amount(part: Limits | None, limit: str, most: int) -> int:
