@@ -9,12 +9,15 @@ from contextlib import AsyncExitStack
 import msgspec
 import openai
 import pytest
+from websockets.asyncio.client import ClientConnection
 
 from modelpool.core.admission import Bounds
 from modelpool.gateway.hold import Rules
 from modelpool.messages.routing import KeysDelta, ModelEntry, Unavailable
 from modelpool.relay import Endpoint
 from tests.contract.test_gateway_passing import EVENT_STREAM, Upstream, nobody
+from tests.contract.test_gateway_realtime import UPDATE, hear, say, talking, transcribed
+from tests.contract.test_gateway_responses import fakes
 from tests.gateway_world import Client, World, chat, entry, gateway, key, request, snapshot_of
 from tests.wire import chunk, gone, on_uvloop, read_message, response, serving
 
@@ -358,6 +361,38 @@ async def test_an_instance_that_is_back_before_the_manager_noticed_is_tried_agai
         async with serving(Upstream(), port=endpoint.port):
             assert (await client.answer()).status == 200
         await world.until_idle()
+
+
+@pytest.mark.parametrize("query", ["", "?model=m"])
+@on_uvloop
+async def test_a_websocket_that_no_instance_takes_tries_again_until_one_does(query: str) -> None:
+    """One drains and the other is full; then both are away, and one is back."""
+    draining = Upstream(response(b"", status="503 Service Unavailable"))
+    async with serving(draining) as drains, fakes(1) as (takes,), AsyncExitStack() as stack:
+        world = await stack.enter_async_context(gateway(entry("m", [drains, takes], capacity=1), rules=rules()))
+        times, first = Times(world), await stack.enter_async_context(talking(world, "?model=m"))
+        second, third = [asyncio.ensure_future(session(world, query)) for _ in range(2)]
+        while len(world.room._news) != 2:
+            await asyncio.sleep(0.001)
+        await first.close()
+        done, (left,) = await asyncio.wait([second, third], return_when=asyncio.FIRST_COMPLETED)
+        async with done.pop().result():
+            times.say(away())
+            await until_waiting(world)
+        times.say(entry("m", [takes], capacity=1))
+        async with await left as last:
+            assert await transcribed(last, b"x") == "You sent 1 bytes of sound."
+        await world.until_idle()
+
+
+async def session(world: World, query: str) -> ClientConnection:
+    """A client that has been taken to an instance: it heard its first answer."""
+    client = await talking(world, query)
+    assert (await hear(client))["type"] == "session.created"
+    await say(client, **UPDATE)
+    await say(client, type="what")
+    assert (await hear(client))["code"] == "unknown_event"
+    return client
 
 
 @on_uvloop

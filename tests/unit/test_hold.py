@@ -17,7 +17,6 @@ from modelpool.errors import (
     CapacityError,
     InvalidRequest,
     ManagerAway,
-    ModelBusy,
     ModelNotFound,
     ModelNotReady,
     PoolError,
@@ -458,9 +457,6 @@ class NothingIsLost(RuleBasedStateMachine):
                             await one.finish.wait()
                             self.served += 1
                             return
-                    except ModelBusy:
-                        stay = stay or Stay(room, one.alias, one.request, Line())
-                        room.full(one.alias)
                     except CapacityError as error:
                         stay = stay or Stay(room, one.alias, one.request, Line())
                         await stay.nobody_took_it(error)

@@ -14,7 +14,6 @@ from modelpool.errors import (
     Draining,
     EngineError,
     InstanceNotFound,
-    ModelBusy,
     UpstreamFailed,
     UpstreamTimeout,
 )
@@ -86,9 +85,6 @@ class Inference:
                 try:
                     await self._serve_by_any(alias, request, route, client)
                     return
-                except ModelBusy:
-                    stay = stay or Stay(room, alias, request, client)
-                    room.full(alias)
                 except CapacityError as error:
                     stay = stay or Stay(room, alias, request, client)
                     await stay.nobody_took_it(error)

@@ -11,7 +11,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import parse_qs
 
 import msgspec
@@ -38,7 +38,7 @@ from modelpool.gateway.instances import Instance
 from modelpool.gateway.limiter import Limiter
 from modelpool.gateway.request import Request
 from modelpool.gateway.routes import Route
-from modelpool.gateway.stay import placed
+from modelpool.gateway.stay import Stay
 from modelpool.gateway.table import Table
 from modelpool.relay.websocket import UpstreamSocket, open_websocket
 
@@ -102,19 +102,30 @@ class Realtime:
     async def _upstream(
         self, alias: str, request: Request, route: Route, client: ClientConnection
     ) -> AsyncIterator[UpstreamSocket]:
-        """A WebSocket of an instance of the model, and the lease on it. Raises PoolError."""
+        """A WebSocket of an instance of the model, with its lease; waited for as any answer is. Raises PoolError."""
         if request.caller is not None:
             request.caller.check(alias)
         request.journey.asked(alias)
+        room, stay = self._room, None
         with self._limiter.admitted(request, route):
-            async with (
-                placed(self._room, alias, request, client),
-                self._open_any(alias, request, route) as upstream,
-            ):
-                yield upstream
+            while True:
+                if not room.enter(alias, request):
+                    stay = stay or Stay(room, alias, request, client)
+                    await stay.granted()
+                async with AsyncExitStack() as held:
+                    held.enter_context(room.held)
+                    try:
+                        upstream = await held.enter_async_context(self._open_any(alias, request, route))
+                    except CapacityError as error:
+                        stay = stay or Stay(room, alias, request, client)
+                        await stay.nobody_took_it(error)
+                    else:
+                        yield upstream
+                        return
 
     @asynccontextmanager
     async def _open_any(self, alias: str, request: Request, route: Route) -> AsyncIterator[UpstreamSocket]:
+        """Raises CapacityError where no instance took it."""
         journey = request.journey
         tried: list[Instance] = []
         while True:

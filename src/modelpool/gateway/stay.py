@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from modelpool.core.admission import State, Ticket
-from modelpool.errors import CapacityError
+from modelpool.errors import CapacityError, ModelBusy
 from modelpool.gateway.answer import comment, stream_head
 from modelpool.gateway.body import asks_for_stream
 from modelpool.gateway.hold import UNKNOWN, Room, is_on_its_way
@@ -81,8 +81,11 @@ class Stay:
     async def nobody_took_it(self, error: CapacityError) -> None:
         """No instance took it: wait for other ones, and not for long. Raises `error` once it is too late for that.
 
-        Where there is no instance any more it is to wait for its grant again, which it does not do here.
+        Where all are full, or there is none any more, it is to wait for its grant again, which it does not do here.
         """
+        if isinstance(error, ModelBusy):
+            self._room.full(self._alias)
+            return
         left_s = self._deadline - self._loop.time()
         if left_s <= 0:
             raise error
@@ -145,26 +148,10 @@ class Stay:
 
 
 @asynccontextmanager
-async def placed(room: Room, alias: str, request: Request, client: Client) -> AsyncIterator[None]:
-    """Let in by the room, after its stay if it must, for where a microsecond is nothing. There is an instance to choose
-    then that is not full, as long as nothing is awaited before. Raises PoolError when it may not go on.
-    """
-    stay = None
-    while True:
-        if not room.enter(alias, request):
-            stay = stay or Stay(room, alias, request, client)
-            await stay.granted()
-        with room.held:
-            model = room.table.find(alias)
-            if model is None or not model.instances or model.places:
-                yield
-                return
-            room.full(alias)
-
-
-@asynccontextmanager
 async def placed_beside(room: Room, alias: str, request: Request, client: Client) -> AsyncIterator[None]:
-    """The same for what goes to one instance and no other, full or not."""
+    """Let in by the room, after its stay if it must, for what goes to one instance and no other, full or not. Raises
+    PoolError when it may not go on.
+    """
     if not room.enter_full(alias):
         await Stay(room, alias, request, client).granted()
         room.spare(alias)
