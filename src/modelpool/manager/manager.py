@@ -121,7 +121,7 @@ class Manager:
         self._owned: set[asyncio.Task[None]] = set()
         self._acted = asyncio.Event()
         self._recovered = asyncio.Event()
-        self._ask_until = self._alone_until = 0.0
+        self._alone_until = 0.0
         self._state = State()
         self._writing = Writing(store)
         self._recollection = Recollection(store)
@@ -130,14 +130,7 @@ class Manager:
         self._keys = self._followers.keys
         self._models = Models(self._state, store, self._writing)
         self._workers = Workers(self._state, store, client, self._writing, own=self._own)
-        self._orders = Orders(
-            client,
-            self.lease,
-            known=self._state.known,
-            apply=self._state.apply,
-            publish=self._publish,
-            forget=self._workers.forget,
-        )
+        self._orders = Orders(client, self.lease, self._state, publish=self._publish, forget=self._workers.forget)
 
     # ------------------------------------------------------------ its life
 
@@ -146,11 +139,10 @@ class Manager:
         await self.lease.begin()
         began = now()
         self._state.pool = core.Pool(policy=policy)
-        awaited = await self._workers.recall()
+        awaited = await self._workers.recall(ask_until=began + _ASKED_FOR * recovery_s)
         self._state.pool = replace(self._state.pool, awaited=awaited, recover_until=began + recovery_s)
         await self._keys.recall()
         await self._models.recall(self._recollection)
-        self._ask_until = began + _ASKED_FOR * recovery_s
         self._alone_until = began + _BACK_S if awaited else began
         models = len(self._state.specs)
         log.info("epoch %s: %d models, %d workers awaited", self._store.epoch, models, len(awaited))
@@ -165,7 +157,7 @@ class Manager:
 
     async def act(self) -> None:
         """Reconcile and publish whenever something changed or time is due, until cancelled."""
-        self._workers.ask(self._ask_until)
+        self._workers.ask()
         while True:
             self._act_now()
             due = next_deadline(self._state.pool) if self.lease.valid else now() + _NO_LEASE_S

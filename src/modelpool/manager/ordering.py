@@ -9,7 +9,7 @@ from modelpool.core import events
 from modelpool.core.orders import Dismiss, Effect, Sleep, Start, Stop, Wake
 from modelpool.core.pool import Key
 from modelpool.manager.lease import Lease
-from modelpool.manager.views import Known
+from modelpool.manager.state import State
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.messages.workers import StartOrder, WorkerInfo
 
@@ -17,25 +17,20 @@ log = logging.getLogger(__name__)
 
 
 class Orders:
-    """`apply` takes what came of an order; `known` gives what is known at the moment.
-
-    `publish` tells the gateways what is new of a model; `forget` a worker, of one of its lives, that has ended.
-    """
+    """`publish` tells the gateways what is new of a model; `forget` a worker, of one of its lives, that has ended."""
 
     def __init__(
         self,
         client: WorkerClient,
         lease: Lease,
+        state: State,
         *,
-        known: Callable[[], Known],
-        apply: Callable[[events.Event], None],
         publish: Callable[[str], None],
         forget: Callable[[str, str], Awaitable[None]],
     ) -> None:
         self._client = client
         self._lease = lease
-        self._known = known
-        self._apply = apply
+        self._state = state
         self._publish = publish
         self._forget = forget
         self._ordering: set[Key] = set()
@@ -45,15 +40,14 @@ class Orders:
     async def give(self, effect: Effect) -> None:
         """Give one order. An answer becomes an event; silence none, and the order is given again when it is due."""
         key = (effect.worker_id, effect.instance)
-        known = self._known()
-        facts = known.facts.get(effect.worker_id)
+        facts = self._state.facts.get(effect.worker_id)
         if facts is None:
             return
         if key in self._ordering:
             self._postponed.add(key)
             return
         if not self._lease.valid:
-            self._apply(events.OrderPostponed(key))
+            self._state.apply(events.OrderPostponed(key))
             return
         self._ordering.add(key)
         try:
@@ -70,7 +64,7 @@ class Orders:
                     await self._dismiss(facts.info)
         except OrderFailed as error:
             log.warning("%s: %s refused: %s", effect.worker_id, effect.instance, error)
-            self._apply(events.OrderRefused(key, str(error), permanent=error.permanent))
+            self._state.apply(events.OrderRefused(key, str(error), permanent=error.permanent))
         except WorkerUnreachable as error:
             log.warning("%s: an order about %s got no answer: %s", effect.worker_id, effect.instance, error)
         except Exception:
@@ -79,11 +73,11 @@ class Orders:
             self._ordering.discard(key)
             if key in self._postponed:
                 self._postponed.discard(key)
-                self._apply(events.OrderPostponed(key))
+                self._state.apply(events.OrderPostponed(key))
 
     async def _start(self, url: str, effect: Start) -> None:
-        spec = self._known().specs.get(effect.alias)
-        instance = self._known().pool.instances.get((effect.worker_id, effect.instance))
+        spec = self._state.specs.get(effect.alias)
+        instance = self._state.pool.instances.get((effect.worker_id, effect.instance))
         if spec is None or instance is None or instance.stopping:
             return
         log.info("start %s on %s, devices %s", effect.instance, effect.worker_id, effect.devices)
@@ -96,7 +90,7 @@ class Orders:
             memory_bytes=instance.memory_bytes if sized else 0,
         )
         await self._client.start(url, order)
-        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
+        self._state.apply(events.OrderAnswered((effect.worker_id, effect.instance)))
 
     async def _stop(self, url: str, effect: Stop) -> None:
         log.info("stop %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
@@ -107,12 +101,12 @@ class Orders:
         log.info("sleep level %d for %s on %s: %s", effect.level, effect.instance, effect.worker_id, effect.reason)
         self._close(effect)  # no new request is sent to it from now on
         await self._client.sleep(url, effect.instance, effect.level)
-        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
+        self._state.apply(events.OrderAnswered((effect.worker_id, effect.instance)))
 
     async def _wake(self, url: str, effect: Wake) -> None:
         log.info("wake %s on %s: %s", effect.instance, effect.worker_id, effect.reason)
         await self._client.wake(url, effect.instance)
-        self._apply(events.OrderAnswered((effect.worker_id, effect.instance)))
+        self._state.apply(events.OrderAnswered((effect.worker_id, effect.instance)))
 
     async def _dismiss(self, info: WorkerInfo) -> None:
         """A drained worker may end. One that has ended already, without a word, is forgotten."""
@@ -125,6 +119,6 @@ class Orders:
             await self._forget(info.worker_id, info.incarnation)
 
     def _close(self, effect: Stop | Sleep) -> None:
-        instance = self._known().pool.instances.get((effect.worker_id, effect.instance))
+        instance = self._state.pool.instances.get((effect.worker_id, effect.instance))
         if instance is not None:
             self._publish(instance.alias)

@@ -48,28 +48,30 @@ class Workers:
         self._own = own
         self._roster = Roster(store)
         self._watches = Watches(client, own=own, gone=self._gone)
+        self._ask_until = 0.0
         self._recalled: dict[str, str] = {}
         self._last_known: dict[str, WorkerDescription] = {}
 
-    async def recall(self) -> frozenset[str]:
-        """The names of those known from before."""
+    async def recall(self, *, ask_until: float) -> frozenset[str]:
+        """The names of those known from before, who are to be asked until then."""
+        self._ask_until = ask_until
         self._recalled, self._last_known = await self._store.workers(), await self._store.last_known()
         for worker_id in await self._store.draining():
             self._state.apply(events.DrainBegun(worker_id))
         return frozenset(self._recalled)
 
-    def ask(self, until: float) -> None:
+    def ask(self) -> None:
         """Ask those known from before what they run. One that is silent until then is taken to be as it was."""
         for worker_id, url in self._recalled.items():
-            self._own(self._ask(worker_id, url, self._last_known.get(worker_id), until))
+            self._own(self._ask(worker_id, url, self._last_known.get(worker_id)))
 
-    async def _ask(self, worker_id: str, url: str, last_known: WorkerDescription | None, until: float) -> None:
+    async def _ask(self, worker_id: str, url: str, last_known: WorkerDescription | None) -> None:
         """What a worker that is known from before runs now. While it is silent it runs what it ran, as for a manager
         that was there all the time; where nothing listens any more, nothing.
         """
         facts, found = self._state.facts, last_known
         try:
-            async with asyncio.timeout(max(0.0, until - now())):
+            async with asyncio.timeout(max(0.0, self._ask_until - now())):
                 found = await self._client.describe(url)
         except TimeoutError:
             log.info("worker %s is silent at %s", worker_id, url)
@@ -198,6 +200,6 @@ class Workers:
 def _check_info(info: WorkerInfo) -> None:
     """A store may refuse what a JSON text may have in it."""
     if not is_worker_url(info.url):
-        raise InvalidBody(f"`info.url`: must be an http:// URL with a host, got {info.url!r}.", param="info.url")
+        raise InvalidBody(f"`info.url`: must be http:// with a host and a port, got {info.url!r}.", param="info.url")
     if not info.worker_id or not info.worker_id.isprintable():
         raise InvalidBody(f"`info.worker_id`: must be a name, got {info.worker_id!r}.", param="info.worker_id")
