@@ -161,6 +161,62 @@ def test_of_many_that_ask_while_the_store_is_silent_one_waits_for_it(
     asyncio.run(story())
 
 
+def test_of_many_workers_that_leave_while_the_store_is_silent_one_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with running_world(f"sqlite:///{tmp_path}/s.db", lease_s=6.0) as world:
+            forget, tried = world.store.forget_worker, []
+
+            async def counted(worker_id: str) -> None:
+                tried.append(worker_id)
+                await forget(worker_id)
+
+            names = [f"w{number:02d}" for number in range(20)]
+            for name in names:
+                said = told("http://127.0.0.1:1")
+                await world.manager.register_worker(replace(said, info=replace(said.info, worker_id=name)))
+            monkeypatch.setattr(world.store, "forget_worker", counted)
+            async with sqlite_out(tmp_path / "s.db"):
+                await asyncio.gather(*(world.manager.unregister_worker(name) for name in names))
+                assert (await world.http.get("/workers")).json() == {"workers": []}
+                assert len(tried) <= 1
+            await world.until(_has(world.store.workers, {}))
+
+    asyncio.run(story())
+
+
+def test_a_gateway_that_starts_while_the_store_is_silent_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with running_world(f"sqlite:///{tmp_path}/s.db") as world:
+            adding, silent, add = asyncio.Event(), asyncio.Event(), world.store.add_model
+
+            async def held_up(spec: ModelSpec, created: int) -> None:
+                adding.set()
+                await silent.wait()
+                await add(spec, created)
+
+            monkeypatch.setattr(world.store, "add_model", held_up)
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+                registered = tasks.create_task(world.register("m"))
+                await adding.wait()
+                cluster = world.store.epoch.partition(".")[0]
+                for known in ("", world.store.epoch, f"{cluster}.0"):
+                    assert isinstance(await anext(world.manager.snapshots("g", known)), Keys)
+                later = asyncio.ensure_future(anext(world.manager.snapshots("g", f"{cluster}.41")))
+                await asyncio.sleep(0.1)
+                assert not later.done()
+                silent.set()
+                update = await later
+                assert isinstance(update, Keys)
+                assert update.epoch == f"{cluster}.42"
+            assert registered.result().status_code == 200
+
+    asyncio.run(story())
+
+
 def test_while_postgresql_is_out_there_are_no_orders_and_it_comes_back_by_itself() -> None:
     with running_postgres() as server:
         asyncio.run(go_on_without(server.database("a"), postgres_stopped(server)))

@@ -43,7 +43,7 @@ class KeyRegister:
 
     async def reread(self) -> None:
         """Know what the store knows, and tell it, where that is something else. Raises StoreError."""
-        async with self.writing:
+        async with self.writing.in_turn():
             before = self._keys
             await self.recall()
             if self._keys != before:

@@ -197,9 +197,12 @@ class Manager:
             await asyncio.sleep(SAVE_EVERY_S)
 
     async def save(self) -> None:
-        async with self._writing:
-            await self._recollection.save(self._state.pool)
-            await self._recollection.save_workers(self._state.facts)
+        async with self._writing.at_last() as silent:
+            if not silent:
+                await self._recollection.save(self._state.pool)
+        async with self._writing.at_last() as silent:
+            if not silent:
+                await self._recollection.save_workers(self._state.facts)
 
     def _own(self, coroutine: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
         assert self._tasks is not None
@@ -210,12 +213,8 @@ class Manager:
 
     # ------------------------------------------------------------ its store
 
-    async def _outlive(self, epoch: str) -> None:
-        """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
-
-        Raises InvalidBody for nonsense, Conflict where it is of another cluster, NotHeld where it is of a manager that
-        came after this one.
-        """
+    def _check_epoch(self, epoch: str) -> None:
+        """Raises InvalidBody for nonsense, Conflict where it is of another cluster."""
         if number_of(epoch) > _EPOCH_MAX:
             raise InvalidBody(f"`epoch`: no manager of this cluster ever had {epoch!r}.", param="epoch")
         if is_foreign(epoch, self._cluster):
@@ -224,7 +223,13 @@ class Manager:
                 f"`{self._cluster}`. Give the manager its own store back (MODELPOOL_STORE_URL).",
                 code="other_cluster",
             )
-        async with self._writing:
+
+    async def _outlive(self, epoch: str) -> None:
+        """Have an epoch that is later than one that was heard of: a store from a backup knows less than who runs on.
+
+        In turn with all changes. Raises NotHeld where it is of a manager that came after this one, StoreError.
+        """
+        async with self._writing.at_last():
             if is_older(self._store.epoch, epoch):
                 before = self._store.epoch
                 await self._store.go_past(number_of(epoch))
@@ -240,7 +245,7 @@ class Manager:
         """
         if cluster_of(self._store.epoch) != self._cluster:
             self._begin_anew()
-        async with self._writing:
+        async with self._writing.in_turn():
             await self._workers.reread()
             await self._models.reread()
         await self._keys.reread()
@@ -363,7 +368,9 @@ class Manager:
         self._followers.hear(report)
 
     async def snapshots(self, gateway: str = "", epoch: str = "") -> AsyncIterator[Update | None]:
-        await self._outlive(epoch)
+        self._check_epoch(epoch)
+        if is_older(self._store.epoch, epoch):  # others need not wait for the store
+            await self._outlive(epoch)
         try:
             async with aclosing(self._followers.follow(gateway)) as updates:
                 async for update in updates:
@@ -381,7 +388,8 @@ class Manager:
     async def register_worker(self, message: RegisterWorker) -> HeartbeatAnswer:
         self._workers.check(message.info)
         if message.instances or not is_foreign(message.epoch, self._cluster):
-            await self._outlive(message.epoch)
+            self._check_epoch(message.epoch)
+        await self._outlive(message.epoch)  # and not before it is forgotten, where that has begun
         await self._workers.register(message)
         return self._answer()
 

@@ -23,8 +23,11 @@ class Roster:
         await self.settle()
         await self._store.remember_worker(worker_id, url)
 
-    async def leave(self, worker_id: str) -> None:
+    async def leave(self, worker_id: str, *, later: bool) -> None:
+        """`later`: it is not tried now to write it down."""
         self._left.add(worker_id)
+        if later:
+            return
         try:
             await self.settle()
         except StoreError as error:

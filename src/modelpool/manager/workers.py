@@ -165,13 +165,13 @@ class Workers:
 
     async def forget(self, worker_id: str, incarnation: str = "") -> None:
         """It has ended. Raises WorkerNotFound, also where that `incarnation` is over."""
-        async with self._writing:
+        async with self._writing.at_last() as silent:
             facts = self._state.facts.get(worker_id)
             if facts is None:
                 raise WorkerNotFound(f"The worker `{worker_id}` is not registered.")
             if incarnation not in ("", facts.info.incarnation):
                 raise WorkerNotFound(f"The worker `{worker_id}` was started again since; this life of it is over.")
-            await self._roster.leave(worker_id)
+            await self._roster.leave(worker_id, later=silent)
         log.info("worker %s leaves", worker_id)
         self._state.apply(events.WorkerLeft(worker_id, facts.info.incarnation))
         if worker_id not in self._state.pool.workers:

@@ -9,20 +9,28 @@ from contextlib import asynccontextmanager
 from modelpool.manager.store import Store, StoreError
 
 
-class Writing(asyncio.Lock):
-    """Held while something is looked up, written, and known."""
+class Writing:
+    """Held while something is looked up, written, and known.
+
+    While the store is silent whoever holds it waits for that once, and those behind, who came meanwhile, do not wait
+    for the same: what may be refused is, what may be written later will be.
+    """
 
     def __init__(self, store: Store) -> None:
-        super().__init__()
         self._store = store
+        self._lock = asyncio.Lock()
 
     @asynccontextmanager
     async def in_turn(self) -> AsyncIterator[None]:
-        """Held for what somebody asks. Raises StoreError for who waited for it while the store proved to be silent: of
-        many that ask meanwhile none waits longer than two of them would.
-        """
-        silences = self._store.silences
-        async with self:
-            if self._store.silences != silences:
+        """Raises StoreError for who waited for it while the store proved to be silent."""
+        async with self.at_last() as silent:
+            if silent:
                 raise StoreError("The store has not answered those that asked before.")
             yield
+
+    @asynccontextmanager
+    async def at_last(self) -> AsyncIterator[bool]:
+        """For what is done in any case. True for who waited for it while the store proved to be silent."""
+        silences = self._store.silences
+        async with self._lock:
+            yield self._store.silences != silences
