@@ -208,6 +208,8 @@ def _value(reply: bytes, type_: type[T]) -> T:
 
 
 def _error(refusal: Refusal) -> PoolError:
+    if refusal.code == ManagerAway.code:
+        return ManagerAway(refusal.message, retry_after=refusal.retry_after)
     error = PoolError(refusal.message, param=refusal.param, retry_after=refusal.retry_after, code=refusal.code)
     error.status, error.type = refusal.status, refusal.kind
     return error

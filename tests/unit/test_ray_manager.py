@@ -1,15 +1,20 @@
-"""Heartbeats that go to the actor together."""
+"""The manager as a gateway's replica sees it, where its actor fails or makes way."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
 from modelpool.cluster.remote import RayManager
-from modelpool.messages.cluster import Answer
+from modelpool.cluster.streams import refusal
+from modelpool.errors import ManagerAway
+from modelpool.manager.api import control_app
+from modelpool.messages.cluster import Answer, Item
+from modelpool.messages.routing import Snapshot
 from modelpool.messages.workers import Heartbeat, HeartbeatAnswer
 
 BEAT = Heartbeat(incarnation="i", devices=(), engines={})
@@ -47,3 +52,22 @@ def test_after_a_batch_that_failed_in_a_way_that_nobody_foresaw_the_next_ones_go
 
     asyncio.run(story())
     assert batches == [1, 2, 3]
+
+
+def test_a_stream_whose_manager_makes_way_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = msgspec.json.encode(Snapshot(epoch="e.1", sequence=1, models={}))
+    items: list[Item] = [Answer(msgspec.Raw(snapshot)), refusal(ManagerAway("Another takes its place."))]
+
+    async def call(method: str, *_: object) -> Any:
+        return msgspec.json.encode(items.pop(0)) if method == "next" else None
+
+    async def story() -> None:
+        manager = RayManager()
+        monkeypatch.setattr(manager, "_call", call)
+        transport = httpx.ASGITransport(app=control_app(manager))
+        async with httpx.AsyncClient(transport=transport, base_url="http://manager") as http:
+            answer = await http.get("/snapshots")
+        assert answer.status_code == 200
+        assert answer.content == snapshot + b"\n"
+
+    asyncio.run(story())
