@@ -268,7 +268,7 @@ def test_a_pool_that_became_another_without_a_word_about_it_knows_what_it_is(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
-        async with running_world(store_url, lease_s=1.5) as world:
+        async with running_world(store_url, lease_s=9.0) as world:
             dump = Dump(cluster="dumped", models=(StoredModel(ModelSpec(alias="m", fake=True), 1),), keys=())
             followed = world.manager.snapshots()
             assert isinstance(await anext(followed), Keys)
