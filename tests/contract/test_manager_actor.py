@@ -92,6 +92,29 @@ def test_one_that_is_deposed_says_so_to_everybody(tmp_path: Path, monkeypatch: p
     asyncio.run(story())
 
 
+def test_what_keeps_it_from_being_a_manager_is_logged_in_a_line_where_it_is_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [StoreError("The store cannot be used: it is away."), RuntimeError("A mistake.")]
+
+    def failing_at_first(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return manager_of(*arguments)
+
+    async def story() -> None:
+        monkeypatch.setattr(actor, "manager_of", failing_at_first)
+        async with running_actor(tmp_path, monkeypatch):
+            pass
+
+    asyncio.run(story())
+    said = [(each.getMessage(), bool(each.exc_info)) for each in caplog.records if each.levelname == "ERROR"]
+    assert said == [
+        ("there is no manager now: The store cannot be used: it is away", False),
+        ("there is no manager now: A mistake", True),
+    ]
+
+
 def test_who_waits_for_what_a_manager_no_more_does_is_told_that_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,7 +191,8 @@ class ManagerActor:
                 await asyncio.Event().wait()
             except Exception as error:
                 self._reason = _words(error)
-                log.exception("there is no manager now")
+                foreseen = isinstance(error, PoolError | StartupError)
+                log.error("there is no manager now: %s", self._reason, exc_info=None if foreseen else error)
                 await asyncio.sleep(self._pause)
                 self._pause = min(_RETRY_MAX_S, 2 * self._pause)
             else:
