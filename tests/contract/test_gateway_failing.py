@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from contextlib import AsyncExitStack
 
 import msgspec
 import pytest
 
-from modelpool.core.breaker import FAILURES_MAX
+from modelpool.core.breaker import FAILURES_MAX, PAUSE_INITIAL_S
 from modelpool.gateway.client_limits import Limits
 from modelpool.gateway.instances import Instance
 from modelpool.relay import Deadlines
@@ -199,7 +200,7 @@ def on_trial(instance: Instance) -> None:
     """It failed, and its pause is over: the next request shows whether it is well again."""
     for _ in range(FAILURES_MAX):
         instance.judge(False)
-    instance.breaker = instance.breaker._replace(until=0.0)
+    instance.breaker = instance.breaker._replace(until=time.monotonic())
 
 
 @on_uvloop
@@ -263,16 +264,17 @@ async def test_an_answer_that_does_not_show_that_it_works_leaves_an_instance_und
 
 
 @on_uvloop
-async def test_what_began_to_work_and_then_breaks_is_a_failure_of_its_own() -> None:
+async def test_an_instance_whose_streams_all_break_is_left_alone_for_longer_and_longer() -> None:
     async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_message(reader)
         writer.write(EVENT_STREAM + chunk(b"data: 1\n\n"))
 
     async with serving(breaks) as endpoint, gateway(entry("m", [endpoint])) as world:
         (instance,) = world.table.model("m").instances
-        on_trial(instance)
-        for failures in range(1, FAILURES_MAX):
+        pauses = []
+        for _ in range(3):
+            on_trial(instance)
             await world.ask(chat(stream=True))
-            assert (instance.breaker.closed, instance.breaker.failures) == (True, failures)
-        await world.ask(chat(stream=True))
-        assert not instance.breaker.closed
+            assert not instance.breaker.closed
+            pauses.append(instance.breaker.pause_s)
+        assert pauses == [2 * PAUSE_INITIAL_S, 4 * PAUSE_INITIAL_S, 8 * PAUSE_INITIAL_S]

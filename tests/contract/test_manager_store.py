@@ -31,6 +31,7 @@ from modelpool.worker.fence import Fence
 from tests import reports
 from tests.postgres import Postgres, running_postgres
 from tests.stores import ME, answers_lost, held
+from tests.wire import read_message, response, serving
 
 PATIENCE_S = 60.0
 
@@ -367,6 +368,7 @@ def test_while_a_restored_pool_is_not_known_yet_its_gateways_are_refused_as_they
                     await asyncio.sleep(0.02)
 
             monkeypatch.setattr(world.store, "models", slowly)
+            monkeypatch.setattr("modelpool.manager.manager._REFUSED_BACK_S", 0.2)
             everything = world.manager.snapshots()
             assert isinstance(await anext(everything), Keys)
             assert await anext(everything) == Snapshot(epoch=world.store.epoch, sequence=1, models={})
@@ -378,7 +380,8 @@ def test_while_a_restored_pool_is_not_known_yet_its_gateways_are_refused_as_they
                 await reading.wait()
                 assert (await world.manager.status()).recovering
                 gateway = tasks.create_task(first_update())
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.5)
+                assert (await world.manager.status()).recovering
                 readable.set()
                 await loading
                 update = await gateway
@@ -546,6 +549,25 @@ def test_a_worker_that_was_written_down_where_nobody_can_be_keeps_no_manager_fro
             await world.until(world.recovered)
             assert await active(world, "m") == []
             assert (await world.http.get("/workers")).json() == {"workers": []}
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("body", [b'{"info": {"worker_id": "\xff"}}', b"[" * 5000, b"hello"])
+def test_who_listens_where_a_worker_was_ends_no_manager(tmp_path: Path, body: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_message(reader)
+            writer.write(response(body))
+
+    async def story() -> None:
+        store_url = f"sqlite:///{tmp_path}/s.db"
+        async with serving(answer) as endpoint:
+            async with running_world(store_url) as world:
+                await world.store.remember_worker("w", f"http://{endpoint.host}:{endpoint.port}")
+            async with running_world(store_url, recovery_s=0.5) as world:
+                await world.until(world.recovered)
+                assert (await world.register("m")).status_code == 200
 
     asyncio.run(story())
 

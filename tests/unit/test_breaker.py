@@ -38,6 +38,14 @@ def test_a_failed_trial_doubles_the_pause_up_to_the_longest() -> None:
     assert pauses == [2, 4, 8, 16, 30, 30, 30, PAUSE_MAX_S]
 
 
+def test_one_that_began_to_answer_is_trusted_and_one_failure_is_enough_until_a_success() -> None:
+    answered = opened().begun().answered()
+    assert answered.closed
+    assert answered.admits(0.0)
+    again = answered.begun().failed(5.0)
+    assert (again.closed, again.until) == (False, 5.0 + 2 * PAUSE_INITIAL_S)
+
+
 def test_requests_sent_before_it_opened_do_not_make_the_pause_longer() -> None:
     breaker = opened(now=0)
     assert breaker.failed(0.5).until == breaker.until

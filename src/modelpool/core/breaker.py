@@ -5,8 +5,9 @@
        └────────────── a success ───────────────┼──────────────────────────────┤
                                                 └── a failure, twice the pause ┘
 
-A trial is a success once something of its answer has come, however long the rest takes. One that ends without a
-verdict (its client left) makes room for the next one at once, so it always closes again.
+A trial whose answer has begun closes it on probation, however long the rest takes: until something has succeeded to its
+end, one failure opens it again, for twice the pause. A trial that ends without a verdict (its client left) makes room
+for the next one at once, so it always closes again.
 Only failures of the instance count: an answer with a 4xx status is a success.
 """
 
@@ -25,14 +26,15 @@ class Breaker(NamedTuple):
     failures: int = 0
     """In a row."""
     pause_s: float = 0.0
-    """The length of the pause it is in or had last; 0 while it is closed."""
+    """The length of the pause it is in, or had last since something succeeded."""
     until: float = 0.0
+    """0 while it is closed."""
     trying: bool = False
     """Whether the one trial request runs."""
 
     @property
     def closed(self) -> bool:
-        return self.pause_s == 0
+        return self.until == 0
 
     def admits(self, now: float) -> bool:
         """Whether a request may be sent."""
@@ -51,6 +53,10 @@ class Breaker(NamedTuple):
             return self._replace(failures=failures)  # sent before it opened: nothing new
         pause_s = min(PAUSE_MAX_S, self.pause_s * 2) or PAUSE_INITIAL_S
         return Breaker(failures, pause_s, now + pause_s)
+
+    def answered(self) -> Breaker:
+        """The answer to the trial has begun."""
+        return Breaker(FAILURES_MAX - 1, self.pause_s)
 
     def gave_up(self) -> Breaker:
         """It ended without showing anything."""

@@ -222,7 +222,7 @@ class _Witness:
     def _see(self) -> None:
         if self._waits:
             self._waits = False
-            self._lease.works()
+            self._lease.answered()
 
 
 def _model_of_form(request: Request) -> str:

@@ -38,6 +38,7 @@ class Instance:
         "limit",
         "name",
         "own",
+        "place",
         "pool",
         "prefix",
         "requests",
@@ -46,6 +47,7 @@ class Instance:
 
     def __init__(self, route: Route, pool: Pool, token: str, suspects: set[Instance], row: Row | None) -> None:
         self.name = route.instance
+        self.place = route.place
         self.pool = pool
         self.prefix = route.prefix.encode()
         self.fixed = fixed_headers(pool.endpoint, token)
@@ -132,6 +134,11 @@ class Instance:
         self.gone = False
         self.breaker = CLOSED
 
+    def trust(self) -> None:
+        """Its trial begins to be answered."""
+        self.breaker = self.breaker.answered()
+        self._suspects.discard(self)
+
     def judge(self, worked: bool | None) -> None:
         """A request to it ended: it worked, or the instance failed, or that was not to be seen."""
         if worked:
@@ -155,7 +162,7 @@ class Lease:
         self.instance = instance
         self._trial = False
         self.worked: bool | None = None
-        """What the request showed of the instance; None: nothing, or nothing after `works`."""
+        """What the request showed of the instance when it ended; None: nothing."""
 
     def __enter__(self) -> Lease:
         instance = self.instance
@@ -166,11 +173,11 @@ class Lease:
             instance.breaker = instance.breaker.begun()
         return self
 
-    def works(self) -> None:
-        """The instance is seen to work already, though the request may go on for hours."""
-        if self.instance.breaker is not CLOSED:
+    def answered(self) -> None:
+        """Something of the answer is there, though the request may go on for hours."""
+        if not self.instance.breaker.closed:
             self._trial = False
-            self.instance.judge(True)
+            self.instance.trust()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -235,7 +242,7 @@ class Instances:
         if instance is not None and instance.own:
             instance.come_back(pool)
             return instance
-        row = self._shared.take(f"{route.worker_id}/{route.instance}/{route.port}") if self._shared else None
+        row = self._shared.take("/".join(route.place)) if self._shared else None
         return Instance(route, pool, self._token, self.suspects, row)
 
     def hear(self, others: Others) -> bool:
@@ -254,14 +261,14 @@ class Instances:
                 limit = min(limit, part) + BEYOND_PART
             instance.hear(others.inflight.get(instance.name, 0), limit)
 
-    def keep_only(self, routes: set[Route]) -> None:
+    def keep_only(self, routed: set[Instance]) -> None:
         """Forget the instances that are routed no more, and close what is idle to where none is left.
 
         Requests that they still run go on; their leases end with them.
         """
-        for place in self._routed.keys() - {route.place for route in routes}:
-            instance = self._routed.pop(place)
+        for instance in [each for each in self._routed.values() if each not in routed]:
+            del self._routed[instance.place]
             instance.leave()
-            self._leaving[place] = instance
+            self._leaving[instance.place] = instance
         self._leaving = {place: instance for place, instance in self._leaving.items() if instance.own}
-        self._pools.keep_only({Endpoint(route.host, route.port) for route in routes})
+        self._pools.keep_only({instance.pool.endpoint for instance in routed})

@@ -142,7 +142,7 @@ class Realtime:
                         raise
                     journey.not_taken(error.code)
                 else:
-                    lease.works()
+                    lease.answered()
                     journey.sent()
                     try:
                         yield upstream

@@ -76,8 +76,9 @@ class Responses:
         """The one of these that made a response. Raises ResponseNotFound, or ModelNotReady if one did not say."""
         shown = response_id if len(response_id) <= 100 else response_id[:99] + "…"
         if route := self._stored.route(response_id):
+            place = route.place
             for instance in instances:
-                if instance.route.place == route.place:
+                if instance.place == place:
                     return instance
             raise ResponseNotFound(
                 f"The response `{shown}` was made by the instance {route.instance}, which is gone, or does not serve "

@@ -162,7 +162,7 @@ class Table:
             kept = {alias: model for alias, model in self._models.items() if alias not in update.removed}
             self._models = {**kept, **changed}
         self.epoch, self.sequence, self.current = update.epoch, update.sequence, True
-        self._instances.keep_only({route for model in self._models.values() for route in model.entry.routes})
+        self._instances.keep_only({each for model in self._models.values() for each in model.instances})
         for watcher in self._watchers:
             watcher()
 

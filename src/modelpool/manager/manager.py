@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -33,7 +34,7 @@ from modelpool.manager.state import State, now
 from modelpool.manager.store import LEASE_S, Holder, NotHeld, Store, StoreError
 from modelpool.manager.worker_client import OrderFailed, WorkerClient, WorkerUnreachable
 from modelpool.manager.workers import Workers
-from modelpool.manager.writing import Writing
+from modelpool.manager.writing import Silent, Writing
 from modelpool.messages.admin import ModelView, PoolStatus, WorkerView
 from modelpool.messages.demand import DemandReport
 from modelpool.messages.dump import Dump, Loaded, StoredModel
@@ -229,8 +230,10 @@ class Manager:
 
         In turn with all changes. Raises NotHeld where it is of a manager that came after this one, StoreError.
         """
-        async with self._writing.at_last():
+        async with self._writing.at_last() as silent:
             if is_older(self._store.epoch, epoch):
+                if silent:
+                    raise Silent
                 before = self._store.epoch
                 await self._store.go_past(number_of(epoch))
                 log.warning(
@@ -249,7 +252,9 @@ class Manager:
             await self._workers.reread()
             await self._models.reread()
         await self._keys.reread()
-        self._cluster = cluster_of(self._store.epoch)
+        if cluster_of(self._store.epoch) != self._cluster:
+            self._cluster = cluster_of(self._store.epoch)
+            self._state.pool = replace(self._state.pool, recover_until=now() + _REFUSED_BACK_S)
         self._followers.tell_of_epoch()
         self._state.changed.set()
 
@@ -257,8 +262,7 @@ class Manager:
         """The pool is another: that whose workers this manager refused until now. They come back, and run what they
         ran; until then it knows half the truth.
         """
-        until = max(self._state.pool.recover_until, now() + _REFUSED_BACK_S)
-        self._state.pool = replace(self._state.pool, anyone_awaited=True, recover_until=until)
+        self._state.pool = replace(self._state.pool, anyone_awaited=True, recover_until=math.inf)
         self._recovered.clear()
         self._followers.begin_anew()
 

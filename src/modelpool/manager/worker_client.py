@@ -20,6 +20,8 @@ from modelpool.worker_url import is_worker_url
 
 _ORDER_DEADLINE_S = 10.0
 _WATCH_SILENCE_S = 15.0
+_NO_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What is raised for the answer of somebody else, who listens where a worker was."""
 
 
 class WorkerUnreachable(Exception):
@@ -101,7 +103,7 @@ class WorkerClient:
             response = await self._http.get(f"{url}/info")
         try:
             return msgspec.json.decode(response.content, type=WorkerDescription)
-        except msgspec.DecodeError as error:
+        except _NO_MESSAGE as error:
             raise WorkerUnreachable(_message(response)) from error
 
     async def watch(self, url: str) -> None:
@@ -142,7 +144,7 @@ def _reaching(url: str) -> Iterator[None]:
 def _message(response: httpx.Response) -> str:
     try:
         text = msgspec.json.decode(response.content, type=_ErrorBody).error.message
-    except msgspec.DecodeError:
+    except _NO_MESSAGE:
         text = ""
     return text or f"the worker answered with status {response.status_code}"
 

@@ -200,6 +200,8 @@ class Workers:
 def _check_info(info: WorkerInfo) -> None:
     """A store may refuse what a JSON text may have in it."""
     if not is_worker_url(info.url):
-        raise InvalidBody(f"`info.url`: must be http:// with a host and a port, got {info.url!r}.", param="info.url")
+        raise InvalidBody(
+            f"`info.url`: must be http://, a host, and a port unless it is 80, got {info.url!r}.", param="info.url"
+        )
     if not info.worker_id or not info.worker_id.isprintable():
         raise InvalidBody(f"`info.worker_id`: must be a name, got {info.worker_id!r}.", param="info.worker_id")

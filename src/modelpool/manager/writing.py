@@ -9,6 +9,11 @@ from contextlib import asynccontextmanager
 from modelpool.manager.store import Store, StoreError
 
 
+class Silent(StoreError):
+    def __init__(self) -> None:
+        super().__init__("The store has not answered those that asked before.")
+
+
 class Writing:
     """Held while something is looked up, written, and known.
 
@@ -22,10 +27,10 @@ class Writing:
 
     @asynccontextmanager
     async def in_turn(self) -> AsyncIterator[None]:
-        """Raises StoreError for who waited for it while the store proved to be silent."""
+        """Raises Silent for who waited for it while the store proved to be silent."""
         async with self.at_last() as silent:
             if silent:
-                raise StoreError("The store has not answered those that asked before.")
+                raise Silent
             yield
 
     @asynccontextmanager

@@ -193,7 +193,8 @@ def worker_info(settings: Settings, port: int) -> WorkerInfo:
     worker = settings.worker
     if worker.public_url and not is_worker_url(worker.public_url):
         raise process.StartupError(
-            f"The public URL {worker.public_url!r} cannot be used.", "Set PUBLIC_URL to http://host:port."
+            f"The public URL {worker.public_url!r} cannot be used.",
+            "Set PUBLIC_URL to http://host:port, or http://host where the port is 80.",
         )
     return WorkerInfo(
         worker_id=settings.worker_id,
