@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from modelpool.yaml_file import BadFile, parsed, text_of
+from modelpool.yaml_file import BadFile, read_struct
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -333,14 +333,9 @@ def pool_url(text: str) -> str:
 
 def _from_file(file: Path) -> Settings:
     try:
-        raw, _ = parsed(text_of(file.read_bytes(), str(file)), str(file))
-        return msgspec.convert(raw or {}, Settings)
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+        return read_struct(file, Settings)
     except BadFile as error:
         raise SettingsError(str(error)) from error
-    except (msgspec.ValidationError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{file}: {error}") from error
 
 
 def _replace(settings: Settings, path: str, value: Any, *, source: str) -> Settings:

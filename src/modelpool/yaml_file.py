@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import yaml
+
+T = TypeVar("T")
 
 _VALUES_MAX = 1_000_000
 """So many values may a short file have, each alias counted as what it stands for."""
@@ -14,6 +18,17 @@ _VALUES_MAX = 1_000_000
 
 class BadFile(Exception):
     """`FILE:LINE: ` and what is wrong there. Nothing was done with it."""
+
+
+def read_struct(file: Path, type_: type[T]) -> T:
+    """What a file says, as a struct; an empty one says nothing. Raises BadFile."""
+    try:
+        raw, _ = parsed(text_of(file.read_bytes(), str(file)), str(file))
+        return msgspec.convert({} if raw is None else raw, type_)
+    except OSError as error:
+        raise BadFile(f"{file}: cannot be read: {error.strerror}") from error
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise BadFile(f"{file}: {error}") from error
 
 
 def text_of(data: bytes, name: str) -> str:

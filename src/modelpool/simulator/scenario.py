@@ -25,7 +25,7 @@ from modelpool.core.learned import ANYWHERE, HELD, HELD_ON_HOST, SLEEP, WAKE, Le
 from modelpool.core.placement import GB
 from modelpool.core.pool import Model
 from modelpool.simulator.trace import Arrival
-from modelpool.yaml_file import BadFile, parsed, text_of
+from modelpool.yaml_file import BadFile, read_struct
 
 Seconds = Annotated[float, Meta(ge=0)]
 Times = Seconds | Annotated[tuple[Seconds, ...], Meta(min_length=1)]
@@ -144,14 +144,9 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def read_scenario(path: Path) -> Scenario:
     """Raises ScenarioError."""
     try:
-        raw, _ = parsed(text_of(path.read_bytes(), str(path)), str(path))
-        return msgspec.convert(raw or {}, Scenario)
-    except OSError as error:
-        raise ScenarioError(f"{path}: cannot be read: {error.strerror}") from error
+        return read_struct(path, Scenario)
     except BadFile as error:
         raise ScenarioError(str(error)) from error
-    except (msgspec.ValidationError, ValueError, RecursionError) as error:
-        raise ScenarioError(f"{path}: {error}") from error
 
 
 def write_scenario(path: Path, scenario: Scenario) -> None:
