@@ -179,7 +179,7 @@ def ray_folder() -> Iterator[Path]:
             process.kill()
         psutil.wait_procs(left, timeout=30)
         for home in folder.glob("home*"):
-            Home(home).drop_shared_memory()  # a node that was lost could not
+            Home(home).give_back()  # a node that was lost could not
         shutil.rmtree(folder, ignore_errors=True)
 
 

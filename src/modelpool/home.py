@@ -84,7 +84,7 @@ class Home:
         path = self.run / "control.sock"
         if len(os.fsencode(path)) <= _SOCKET_PATH_MAX:
             return path
-        return _private(Path(tempfile.gettempdir()) / self._own_name) / "control.sock"
+        return _private(self._short) / "control.sock"
 
     def shared_memory(self) -> Path:
         """The folder of the files that the gateway processes of this machine map; made at the first call.
@@ -104,12 +104,19 @@ class Home:
             (_private(folder.readlink()) / _LINKED_BY).write_text(str(folder))
         return folder
 
-    def drop_shared_memory(self) -> None:
-        """Give back what it takes of the system's memory. Only after the last gateway has ended."""
+    def give_back(self) -> None:
+        """Give back what it takes of places that all share. Only after the last gateway has ended."""
         folder = self.run / "gateway"
         if folder.is_symlink():
             shutil.rmtree(folder.readlink(), ignore_errors=True)
             folder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or a manager's socket is in it
+            self._short.rmdir()
+
+    @property
+    def _short(self) -> Path:
+        """A folder whose path is short."""
+        return Path(tempfile.gettempdir()) / self._own_name
 
     @property
     def _own_name(self) -> str:

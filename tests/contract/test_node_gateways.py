@@ -80,7 +80,7 @@ async def node(path: Path) -> AsyncIterator[tuple[Node, Slow]]:
         finally:
             for pid in made.processes():
                 psutil.Process(pid).kill()
-            made.home.drop_shared_memory()
+            made.home.give_back()
 
 
 @on_uvloop

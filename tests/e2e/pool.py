@@ -138,7 +138,7 @@ def running_pool(home: Path, *flags: str, **environ: str) -> Iterator[PoolProces
         left = processes_of(run_id)
         for each in left:
             each.kill()
-        Home(home).drop_shared_memory()  # an `up` that a test killed could not
+        Home(home).give_back()  # an `up` that a test killed could not
     assert left == [], [(_title(each), each.pid) for each in left]
 
 

@@ -91,7 +91,7 @@ def another_node(pool: PoolProcess, folder: Path) -> Iterator[str]:
         yield ready.url
     finally:
         end(process)
-        home.drop_shared_memory()
+        home.give_back()
 
 
 class Asking(Beside):

@@ -40,7 +40,7 @@ def test_gateways_share_memory_of_the_system_where_it_has_room(tmp_path: Path, m
     assert stat.S_IMODE(there.stat().st_mode) == 0o700
     shutil.rmtree(there)  # as a restart of the machine does
     assert home.shared_memory().is_dir()
-    home.drop_shared_memory()
+    home.give_back()
     assert list(memory.iterdir()) == []
     assert not os.path.lexists(folder)
 
@@ -77,7 +77,7 @@ def test_gateways_share_files_of_the_home_where_the_system_has_no_memory_for_it(
     monkeypatch.setattr(home_module, "_MEMORY", tmp_path / "nowhere")
     home = Home(tmp_path / "home")
     (home.shared_memory() / "file").write_text("x")
-    home.drop_shared_memory()
+    home.give_back()
     assert (home.shared_memory() / "file").read_text() == "x"
 
 
@@ -103,11 +103,19 @@ def test_a_lock_is_held_by_one_and_free_again_afterwards(tmp_path: Path) -> None
 
 
 def test_the_control_socket_of_a_deep_home_still_fits(tmp_path: Path) -> None:
-    deep = Home(tmp_path / ("d" * 120))
-    assert len(str(deep.control_socket)) < 108
-    assert deep.control_socket == Home(tmp_path / ("d" * 120)).control_socket
-    assert deep.control_socket != Home(tmp_path / ("e" * 120)).control_socket
+    deep, other = Home(tmp_path / ("d" * 120)), Home(tmp_path / ("e" * 120))
+    path = deep.control_socket
+    assert len(str(path)) < 108
+    assert path == Home(tmp_path / ("d" * 120)).control_socket
+    assert path != other.control_socket
     assert Home(tmp_path).control_socket.parent == tmp_path / "run" or len(str(tmp_path)) > 80
+    path.touch()
+    deep.give_back()
+    assert path.exists(), "it may be in use"
+    path.unlink()
+    for home in (deep, other):
+        home.give_back()
+    assert not path.parent.exists()
 
 
 def test_an_alias_with_a_slash_is_one_log_file(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class EmbeddedPool:
         """End all parts: first who takes requests, last who knows."""
         await asyncio.gather(*(gateway.end() for gateway in self.gateways), self.worker.end())
         await self.manager.end()
-        self._home.drop_shared_memory()
+        self._home.give_back()
         for sock in self._sockets:
             sock.close()
 

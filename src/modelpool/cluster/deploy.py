@@ -94,7 +94,7 @@ def undeploy(settings: Settings) -> None:
                 raise  # where it is our own Ray that is broken, that ends here all the same
         end_head(home)
         end_left_behind(home)
-        home.drop_shared_memory()
+        home.give_back()
         address_file(settings).unlink(missing_ok=True)
 
 

@@ -104,7 +104,7 @@ class NodeGateways:
         others = self._others()
         await asyncio.gather(*(child.end() for child in self._children.values()), *map(ended_in_time, others))
         await asyncio.to_thread(end_left_behind, self._home)
-        self._home.drop_shared_memory()
+        self._home.give_back()
 
     def close(self) -> None:
         """Give up our copies of the sockets; the processes have their own."""
