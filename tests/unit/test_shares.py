@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from modelpool.core.shares import Claim, first_part, parts
 
 
-def test_what_is_free_goes_to_those_who_are_asked_and_a_tenth_to_all_alike() -> None:
+def test_while_there_is_enough_who_is_not_asked_has_room_too() -> None:
     claims = {"a": Claim(used=0, asked=30, granted=0), "b": Claim(used=0, asked=10, granted=0)}
+    assert parts(1000, claims) == {"a": 510, "b": 490}
+    few = {"a": Claim(used=2, asked=8, granted=16), "b": Claim(used=0, asked=0, granted=16)}
+    assert parts(50, few) == {"a": 30, "b": 20}
+
+
+def test_where_it_is_not_enough_it_goes_to_those_who_are_asked_and_a_tenth_to_all_alike() -> None:
+    claims = {"a": Claim(used=0, asked=3000, granted=0), "b": Claim(used=0, asked=1000, granted=0)}
     assert parts(1000, claims) == {"a": 725, "b": 275}
     assert parts(1000, {node: Claim(used=0, asked=0, granted=0) for node in "abcd"}) == dict.fromkeys("abcd", 250)
 
@@ -21,9 +28,9 @@ def test_a_single_one_goes_to_who_is_asked_for_it() -> None:
 
 
 def test_a_part_grows_only_by_what_others_are_known_to_have_given_up() -> None:
-    before = {"a": Claim(used=10, asked=0, granted=90), "b": Claim(used=10, asked=5, granted=10)}
+    before = {"a": Claim(used=10, asked=0, granted=90), "b": Claim(used=10, asked=500, granted=10)}
     assert parts(100, before) == {"a": 14, "b": 10}
-    heard = {"a": Claim(used=10, asked=0, granted=14), "b": Claim(used=10, asked=5, granted=10)}
+    heard = {"a": Claim(used=10, asked=0, granted=14), "b": Claim(used=10, asked=500, granted=10)}
     assert parts(100, heard) == {"a": 14, "b": 86}
 
 

@@ -2,9 +2,11 @@
 
     part = what the node has used + its share of what nobody has used yet
 
-Shares go by what was asked for lately; a tenth is for all alike, so that whoever is asked next need not refuse at once.
-A node may not have heard of its latest part yet. So a part grows only by what others are known to have given up: at no
-time do all of them take themselves to be allowed more than the limit, whichever messages have arrived.
+While there is enough each gets as much again as it was asked for lately, and all alike what is left then, so that
+whoever is asked next need not refuse. Where there is not, shares go by what was asked for, but for a tenth, which is
+for all alike. A node may not have heard of its latest part yet. So a part grows only by what others are known to have
+given up: at no time do all of them take themselves to be allowed more than the limit, whichever messages have
+arrived.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ def parts(limit: int, claims: Mapping[str, Claim]) -> dict[str, int]:
 
 def _shares(free: int, asked: Mapping[str, float]) -> dict[str, int]:
     """`free` in whole numbers; what rounding leaves goes to those who were asked for most."""
-    total = sum(asked.values())
-    equal = free * (RESERVE if total else 1.0) / len(asked)
-    rest = free * (1.0 - RESERVE) / total if total else 0.0
-    shares = {node: int(equal + rest * each) for node, each in asked.items()}
+    total, rest = sum(asked.values()), free * (1.0 - RESERVE)
+    equal = (free * RESERVE + max(0.0, rest - total)) / len(asked)
+    enough = min(1.0, rest / total) if total else 0.0
+    shares = {node: int(equal + enough * each) for node, each in asked.items()}
     for node in sorted(asked, key=lambda node: (-asked[node], node))[: free - sum(shares.values())]:
         shares[node] += 1
     return shares
