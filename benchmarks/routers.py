@@ -171,7 +171,7 @@ def gateways(
     Another `module` may have its own way to run them.
     """
     with ExitStack() as stack:
-        stack.callback(Home(home).drop_shared_memory)
+        stack.callback(Home(home).give_back)
         socks = listen_shared("127.0.0.1", 0, count, flag="--port", variable="SERVE_PORT")
         processes = []
         common = {
