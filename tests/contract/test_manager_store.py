@@ -98,7 +98,7 @@ async def postgres_frozen(server: Postgres) -> AsyncIterator[None]:
 
 async def go_on_without(url: str, out: AbstractAsyncContextManager[None]) -> None:
     """A manager while its store is out, and afterwards."""
-    async with running_world(url, lease_s=1.5) as world:
+    async with running_world(url, lease_s=3.0) as world:
         assert (await world.register("before")).status_code == 200
         assert world.manager.lease.valid
         async with out:
@@ -125,7 +125,7 @@ def test_while_the_file_is_locked_there_are_no_orders_and_it_comes_back_by_itsel
 
 def test_who_is_alone_gives_orders_while_the_file_is_locked(tmp_path: Path) -> None:
     async def story() -> None:
-        async with running_world(f"sqlite:///{tmp_path}/s.db", lease_s=0.5, holder=replace(ME, alone=True)) as world:
+        async with running_world(f"sqlite:///{tmp_path}/s.db", lease_s=3.0, holder=replace(ME, alone=True)) as world:
             async with sqlite_out(tmp_path / "s.db"):
                 await world.until(_is(world.store.trouble.is_set))
                 assert world.manager.lease.valid
@@ -421,7 +421,7 @@ def test_a_manager_whose_store_is_put_back_by_hand_says_so_and_the_next_one_goes
     async def story(url: str) -> None:
         async with held(url):
             pass
-        async with running_world(url, lease_s=1.0):
+        async with running_world(url, lease_s=3.0):
             with sqlite3.connect(tmp_path / "s.db") as backup:
                 backup.execute("UPDATE cluster SET epoch = 1")
             await asyncio.sleep(PATIENCE_S)
@@ -608,7 +608,7 @@ def test_workers_that_move_and_leave_while_the_store_is_out_are_written_down_lat
         url = f"sqlite:///{tmp_path}/s.db"
         with socket.create_server(("127.0.0.1", 0)) as silent:
             elsewhere = f"http://127.0.0.1:{silent.getsockname()[1]}"
-            async with running_world(url, lease_s=1.5) as world:
+            async with running_world(url, lease_s=3.0) as world:
                 await worker_registers(world, "http://127.0.0.1:1")
                 await world.until(_has(partial(worker_is_alive, world), False))
                 async with sqlite_out(tmp_path / "s.db"):
