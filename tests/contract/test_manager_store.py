@@ -400,10 +400,13 @@ async def go_on_too_long(next_: Store, url: str) -> None:
     async with running_world(url) as world:
         await world.register("a")
         await next_.take_over(ME)  # who has its name need not wait until its lease has run out
-        # In a task of its own: what ends the manager would end the request too, and be answered by it.
-        answer = await asyncio.create_task(world.register("b"))
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "manager_away")
-        await asyncio.sleep(PATIENCE_S)
+        # In a task of its own, awaited afterwards: what ends the manager would end it too, and be answered by it.
+        asked = asyncio.create_task(world.register("b"))
+        try:
+            await asyncio.sleep(PATIENCE_S)
+        finally:
+            answer = await asked
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "manager_away")
 
 
 def test_a_manager_that_is_deposed_ends(store_url: str) -> None:
@@ -635,7 +638,7 @@ def test_a_drained_worker_that_ended_while_no_manager_was_there_is_forgotten_whe
             await store.remember_worker("w", "http://127.0.0.1:1")
             await store.drain("w", drain=True)
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            async with running_world(url, recovery_s=0.5) as world:
+            async with running_world(url, recovery_s=2.0) as world:
                 await world.until(_has(partial(worker_is_alive, world), False))
                 if not back:
                     await world.until(_has(world.store.draining, []))
