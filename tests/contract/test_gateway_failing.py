@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import msgspec
 import pytest
 
-from modelpool.core.breaker import FAILURES_MAX, PAUSE_INITIAL_S
+from modelpool.core.breaker import CLOSED, FAILURES_MAX, PAUSE_INITIAL_S
 from modelpool.gateway.client_limits import Limits
 from modelpool.gateway.instances import Instance
 from modelpool.relay import Deadlines
@@ -227,6 +227,17 @@ async def test_an_instance_that_takes_a_websocket_is_trusted_while_it_is_open() 
         for _ in range(4):
             await stack.enter_async_context(talking(world, "?model=m"))
         assert [each.own for each in world.table.model("m").instances] == [2, 2]
+
+
+@on_uvloop
+async def test_a_websocket_that_was_open_ends_a_row_of_failures() -> None:
+    async with fakes(1) as endpoints, gateway(entry("m", endpoints)) as world:
+        (instance,) = world.table.model("m").instances
+        instance.judge(False)
+        async with talking(world, "?model=m"):
+            pass
+        await world.until_idle()
+        assert instance.breaker is CLOSED
 
 
 @on_uvloop

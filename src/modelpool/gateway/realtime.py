@@ -143,6 +143,7 @@ class Realtime:
                     journey.not_taken(error.code)
                 else:
                     lease.answered()
+                    lease.worked = True
                     journey.sent()
                     try:
                         yield upstream
